@@ -1,0 +1,87 @@
+"""k1.5's online policy mirror descent (paper 2.3.2, equation 3), and its two baselines.
+
+Per problem with k responses: minimise (1/k) sum_j [ -(r_j - b) log pi(y_j) + (tau/2) rho_j^2 ],
+rho_j = log pi(y_j) - log pi_i(y_j), summed over the response's tokens, not normalised by length. Its gradient is minus
+equation 3; the paper's squared loss ((r_j - b) - tau rho_j)^2 has that gradient times 2 tau.
+Departure, off by default: `level="token"` penalises each token's own log-ratio instead of the sequence's sum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_rl.algorithms.objective import ObjectiveInputs
+
+Baseline = Literal["mean", "log_z"]
+Level = Literal["sequence", "token"]
+
+
+def advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *, baseline: Baseline, tau: float) -> torch.Tensor:
+    """r_j - b over each whole group; float32 [sequences] in, float32 [sequences] out.
+
+    `mean`: b is the group's mean reward, the sample itself included. `log_z`: b = tau log (1/k) sum_j exp(r_j / tau)."""
+    groups, index = torch.unique(group_ids, return_inverse=True)
+    out = torch.empty_like(rewards, dtype=torch.float32)
+    for g in range(len(groups)):
+        members = rewards[index == g].to(torch.float64)
+        b = members.mean() if baseline == "mean" else tau * (torch.logsumexp(members / tau, 0) - math.log(len(members)))
+        out[index == g] = (members - b).to(torch.float32)
+    return out
+
+
+@dataclass(frozen=True)
+class MirrorDescent:
+    """The objective the trainer is given."""
+
+    tau: float
+    level: Level = "sequence"
+    needs_whole_groups: bool = False
+
+    def coefficients(self, inputs: ObjectiveInputs) -> torch.Tensor:
+        """A_j - tau rho_j for every token of sequence j (token level: A_j - tau rho_t)."""
+        ratio = inputs.log_ratios[inputs.sequence_ids] if self.level == "sequence" else self._token_ratios(inputs)
+        return inputs.advantages[inputs.sequence_ids] - self.tau * ratio
+
+    def loss(self, inputs: ObjectiveInputs) -> torch.Tensor:
+        """-A_j log pi_t + (tau/2) rho_t rho_j: sums to equation 3's objective; rho_t^2 at token level."""
+        own = self._token_ratios(inputs)
+        other = inputs.log_ratios[inputs.sequence_ids] if self.level == "sequence" else own
+        per_token = -inputs.advantages[inputs.sequence_ids] * inputs.log_probs + 0.5 * self.tau * own * other
+        return inputs.weights[inputs.sequence_ids] * per_token
+
+    @staticmethod
+    def _token_ratios(inputs: ObjectiveInputs) -> torch.Tensor:
+        return inputs.log_probs - inputs.reference_log_probs
+
+
+def mirror_descent(
+    log_probs: torch.Tensor,
+    reference_log_probs: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    rewards: torch.Tensor,
+    group_ids: torch.Tensor,
+    *,
+    tau: float,
+    baseline: Baseline = "mean",
+    level: Level = "sequence",
+    loss_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """One whole batch: the reference the distributed trainer must agree with.
+
+    log_probs, reference_log_probs: [tokens]; sequence_ids: int64 [tokens]; rewards, group_ids: [sequences];
+    loss_mask: bool [tokens]. Returns a differentiable scalar (mean over groups of the mean over members) and metrics."""
+    mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask.to(log_probs.dtype)
+    advantage = advantages(rewards, group_ids, baseline=baseline, tau=tau).to(log_probs.dtype)
+    ratios = (log_probs - reference_log_probs.detach()) * mask
+    zeros = torch.zeros(len(rewards), dtype=log_probs.dtype)
+    log_pi = zeros.index_add(0, sequence_ids, log_probs * mask)
+    rho = zeros.index_add(0, sequence_ids, ratios)
+    penalty = rho**2 if level == "sequence" else zeros.index_add(0, sequence_ids, ratios**2)
+    per_sequence = -advantage * log_pi + 0.5 * tau * penalty
+    _, index, members = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    loss = (per_sequence / members[index]).sum() / len(members)
+    return loss, {"log_ratio/mean": float(rho.detach().mean()), "log_ratio/abs_max": float(rho.detach().abs().max())}

@@ -1,0 +1,38 @@
+"""What the trainer asks of an objective, per micro-batch.
+
+The trainer knows no algorithm: it hands over detached log-probs and gets back, for every loss token, the coefficient on
+grad log pi. Advantages were computed over whole groups before packing; sums over sequences that are split among
+context-parallel ranks are reduced by the trainer before they come here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class ObjectiveInputs:
+    """One micro-batch, detached. Tokens are this rank's loss tokens; sequences are all of the micro-batch's."""
+
+    log_probs: torch.Tensor  # float32 [tokens], of the policy being trained
+    reference_log_probs: torch.Tensor  # float32 [tokens], at the iteration's start; equal to log_probs before the first step
+    behaviour_log_probs: torch.Tensor  # float32 [tokens], the engine's
+    sequence_ids: torch.Tensor  # int64 [tokens], index into the sequences
+    log_ratios: torch.Tensor  # float32 [sequences], sum of log_probs - reference over all loss tokens, over all ranks
+    advantages: torch.Tensor  # float32 [sequences]
+    weights: torch.Tensor  # float32 [sequences], 1 / (group members * groups of the step)
+
+
+class Objective(Protocol):
+    needs_whole_groups: bool  # True: the packer keeps a group in one micro-batch
+
+    def coefficients(self, inputs: ObjectiveInputs) -> torch.Tensor:
+        """float32 [tokens]: c such that the loss's gradient is -sum(weight * c * grad log pi)."""
+        ...
+
+    def loss(self, inputs: ObjectiveInputs) -> torch.Tensor:
+        """float32 [tokens]: this rank's share of the loss, for metrics; summed over tokens and ranks it is the loss."""
+        ...

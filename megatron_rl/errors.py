@@ -1,0 +1,33 @@
+"""The one exception family of megatron_rl.
+
+Every message names the setting or file, what was found, the rule and the remedy. What is raised as
+`MegatronRLError` is the user's or the outside world's doing; our own bugs fail as plain asserts.
+"""
+
+
+class MegatronRLError(Exception):
+    """Base of all errors a user can cause or repair."""
+
+
+class ConfigError(MegatronRLError, ValueError):
+    """A setting is unknown, malformed, or contradicts another."""
+
+
+class DataError(MegatronRLError, ValueError):
+    """A prompt file, model folder or tokenizer cannot be used as it is."""
+
+
+class EngineError(MegatronRLError, RuntimeError):
+    """An engine failed, or missed a deadline."""
+
+
+class RewardError(MegatronRLError, RuntimeError):
+    """A reward function cannot be loaded or keeps failing."""
+
+
+class BufferFileError(MegatronRLError, RuntimeError):
+    """The replay buffer's file is damaged, of another run, of a newer schema, or breaks conservation."""
+
+
+class CheckpointError(MegatronRLError, RuntimeError):
+    """A checkpoint cannot be written or read."""
