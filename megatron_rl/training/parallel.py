@@ -1,0 +1,104 @@
+"""Processes and their places: torch.distributed, Megatron's parallel state, seeds. The only file that reads RANK and friends.
+
+Under torchrun (or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT) the ranks find each other
+there; without it there is one rank, which needs no port. gloo on a CPU; NCCL on CUDA, with a second gloo group for
+plans and messages. Next: `model.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_rl.config import Config, check_world
+from megatron_rl.errors import ConfigError
+from megatron_rl.training import cpu
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """Raises ConfigError when only part of the variables is set."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        found = {name: os.environ.get(name) for name in names}
+        if all(value is None for value in found.values()):
+            return cls(0, 1, 0, 1)
+        missing = [name for name, value in found.items() if value is None]
+        if missing:
+            raise ConfigError(f"environment: {', '.join(missing)} not set although others of {names} are; start with torchrun")
+        rank, world_size, local_rank = (int(value or 0) for value in found.values())
+        return cls(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def initialize(config: Config) -> Launch:
+    """Join the other ranks and take a place in the layout. Collectives that wait longer than
+    `training.collective_timeout_s` fail. Raises ConfigError where the layout does not fit the number of ranks."""
+    launch = Launch.from_environment()
+    check_world(config, launch.world_size)
+    cpu.install()
+    timeout = timedelta(seconds=config.training.collective_timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.local_rank)
+    else:
+        torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // launch.local_world_size))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if launch.world_size > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        folder = tempfile.mkdtemp(prefix="megatron_rl_")  # one rank: a file in place of a port
+        store = dist.FileStore(str(Path(folder) / "store"), 1)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    place_ranks(config)
+    return launch
+
+
+def place_ranks(config: Config) -> None:
+    """Megatron's parallel state and seeds, over an initialised torch.distributed."""
+    t = config.training
+    parallel_state.initialize_model_parallel(
+        t.tensor_parallel,
+        t.pipeline_parallel,
+        t.virtual_pipeline,
+        context_parallel_size=t.context_parallel,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(t.collective_timeout_s / 60)),
+    )
+    torch.manual_seed(config.run.seed)
+    model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
+
+
+def shutdown() -> None:
+    """Leave the groups; afterwards `initialize` may be called again."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+class Messages:
+    """Python objects from rank 0 to all, over gloo whatever the backend of the tensors."""
+
+    def __init__(self, timeout_s: float) -> None:
+        plain = dist.get_backend() == "gloo"
+        self._group = dist.group.WORLD if plain else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def broadcast(self, value: Any) -> Any:
+        """Collective: rank 0's value on every rank; the others' argument is ignored."""
+        box = [value if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
