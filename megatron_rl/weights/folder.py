@@ -1,0 +1,126 @@
+"""Write a Hugging Face model folder: weights streamed tensor by tensor, config and tokenizer copied from the source folder.
+
+The folder appears whole or not at all (`atomic.py`). Nothing of the model is held in memory: names, shapes and so the
+headers of the files are known from the tables before the first tensor is gathered. Used by the run's export and `convert.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.errors import CheckpointError
+from megatron_rl.weights import atomic, hf
+from megatron_rl.weights.reader import DTYPES, INDEX_FILE, SINGLE_FILE
+from megatron_rl.weights.tables import HFTensor, parameters
+
+if TYPE_CHECKING:
+    from megatron_rl.training.model import PolicyModel
+
+SHARD_BYTES = 5_000_000_000
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+# What a model needs beside its weights.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+def write(chunks: Sequence[PolicyModel], source: str | Path, target: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Export the model to `target` in its own dtype, with the companions of `source`; an existing folder is replaced.
+
+    Collective. Raises CheckpointError on every rank when rank 0 cannot write."""
+    target, dtype = Path(target), chunks[0].config.params_dtype
+    tensors = hf.export(chunks)
+    failure = None
+    if dist.get_rank() == 0:
+        plan = [t for p in parameters(chunks[0].model_config) for t in p.tensors]
+        try:
+            folder = atomic.begin(target)
+            atomic.require_space(folder, dtype.itemsize * sum(map(_numel, plan)))
+            copy_companions(source, folder, dtype)
+            _write_tensors(folder, tensors, plan, dtype, shard_bytes)
+            atomic.commit(target)
+        except (OSError, CheckpointError) as e:
+            failure = str(e)
+            atomic.abandon(target)
+    for _ in tensors:  # on the other ranks, and on rank 0 after a failure: the export is collective to its end
+        pass
+    _agree(failure, target)
+
+
+def copy_companions(source: str | Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Config and tokenizer files of a model folder. With `dtype`, config.json names it; unchanged bytes where it already does."""
+    for pattern in COMPANIONS:
+        for path in sorted(Path(source).glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+    if dtype is None:
+        return
+    config = target / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in settings and "dtype" not in settings else "dtype"
+    name = str(dtype).removeprefix("torch.")
+    if settings.get(key) != name:
+        settings[key] = name
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(
+    folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], plan: list[HFTensor], dtype: torch.dtype, shard_bytes: int
+) -> None:
+    """One file, or numbered files of at most `shard_bytes` and their index."""
+    counts = hf.plan_buckets(plan, dtype.itemsize, shard_bytes)
+    weight_map, start = {}, 0
+    for number, count in enumerate(counts, start=1):
+        name = SINGLE_FILE if len(counts) == 1 else f"model-{number:05}-of-{len(counts):05}.safetensors"
+        part = plan[start : start + count]
+        start += count
+        weight_map |= {tensor.name: name for tensor in part}
+        with (folder / name).open("wb") as file:
+            file.write(_header(part, dtype))
+            for planned in part:
+                found, tensor = next(tensors)
+                assert (found, tuple(tensor.shape)) == (planned.name, planned.shape), f"exported {found}, planned {planned}"
+                file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    if len(counts) > 1:
+        index = {"metadata": {"total_size": dtype.itemsize * sum(map(_numel, plan))}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _numel(tensor: HFTensor) -> int:
+    return torch.Size(tensor.shape).numel()
+
+
+def _header(tensors: Sequence[HFTensor], dtype: torch.dtype) -> bytes:
+    """Safetensors: length of the header (uint64, little endian), then JSON, padded so that the data is aligned."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + _numel(tensor) * dtype.itemsize
+        entries[tensor.name] = {"dtype": CODES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _agree(failure: str | None, target: Path) -> None:
+    """Rank 0's failure is everyone's."""
+    box = [failure]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] is not None:
+        raise CheckpointError(f"{target}: cannot write the model: {box[0]}; make room and export again")
