@@ -15,28 +15,28 @@ from megatron_rl.errors import CheckpointError
 
 def begin(target: Path) -> Path:
     """A fresh, empty folder to fill before `commit`; what an earlier attempt left there is gone."""
-    partial = _hidden(target)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    return partial
+    folder = partial(target)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def commit(target: Path) -> None:
     """Make the filled folder current. An existing `target` is replaced."""
-    partial = _hidden(target)
-    for path in sorted(partial.rglob("*")):
+    folder = partial(target)
+    for path in sorted(folder.rglob("*")):
         _sync(path)
-    _sync(partial)
+    _sync(folder)
     if target.exists():
         discard(target)
-    partial.rename(target)
+    folder.rename(target)
     _sync(target.parent)
 
 
 def abandon(target: Path) -> None:
     """Delete what was written since `begin`."""
-    shutil.rmtree(_hidden(target), ignore_errors=True)
+    shutil.rmtree(partial(target), ignore_errors=True)
 
 
 def discard(folder: Path) -> None:
@@ -63,7 +63,8 @@ def require_space(folder: Path, num_bytes: int) -> None:
         raise CheckpointError(f"{folder}: needs {num_bytes:,} bytes, the disk has {free:,} free; make room or move run.folder")
 
 
-def _hidden(target: Path) -> Path:
+def partial(target: Path) -> Path:
+    """Where `target` is written until `commit`."""
     return target.with_name(f".{target.name}.partial")
 
 

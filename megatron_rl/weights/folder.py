@@ -1,28 +1,27 @@
 """Write a Hugging Face model folder: weights streamed tensor by tensor, config and tokenizer copied from the source folder.
 
 The folder appears whole or not at all (`atomic.py`). Nothing of the model is held in memory: names, shapes and so the
-headers of the files are known from the tables before the first tensor is gathered. Used by the run's export and `convert.py`.
+headers of the files are known from the tables before the last tensor is gathered. Used by the run's export and `convert.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megatron_rl.errors import CheckpointError
-from megatron_rl.weights import atomic, hf
+from megatron_rl.model_config import ModelConfig
+from megatron_rl.weights import atomic
+from megatron_rl.weights.hf import plan_buckets
 from megatron_rl.weights.reader import DTYPES, INDEX_FILE, SINGLE_FILE
 from megatron_rl.weights.tables import HFTensor, parameters
-
-if TYPE_CHECKING:
-    from megatron_rl.training.model import PolicyModel
 
 SHARD_BYTES = 5_000_000_000
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -39,27 +38,41 @@ COMPANIONS = (
 )
 
 
-def write(chunks: Sequence[PolicyModel], source: str | Path, target: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Export the model to `target` in its own dtype, with the companions of `source`; an existing folder is replaced.
+def write_model_folder(
+    buckets: Iterable[Sequence[tuple[str, torch.Tensor]]],
+    target: str | Path,
+    *,
+    source: str | Path,
+    write: bool,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write exported tensors (`hf.export_buckets`) with the companions of `source`; an existing `target` is replaced.
 
-    Collective. Raises CheckpointError on every rank when rank 0 cannot write."""
-    target, dtype = Path(target), chunks[0].config.params_dtype
-    tensors = hf.export(chunks)
+    Collective; `write` is true on rank 0 alone. All tensors have one dtype. Raises CheckpointError on every rank when
+    rank 0 cannot write."""
+    target = Path(target)
+    tensors = itertools.chain.from_iterable(buckets)
     failure = None
-    if dist.get_rank() == 0:
-        plan = [t for p in parameters(chunks[0].model_config) for t in p.tensors]
+    if write:
         try:
-            folder = atomic.begin(target)
-            atomic.require_space(folder, dtype.itemsize * sum(map(_numel, plan)))
-            copy_companions(source, folder, dtype)
-            _write_tensors(folder, tensors, plan, dtype, shard_bytes)
-            atomic.commit(target)
+            _write(tensors, target, Path(source), shard_bytes)
         except (OSError, CheckpointError) as e:
             failure = str(e)
             atomic.abandon(target)
     for _ in tensors:  # on the other ranks, and on rank 0 after a failure: the export is collective to its end
         pass
     _agree(failure, target)
+
+
+def _write(tensors: Iterator[tuple[str, torch.Tensor]], target: Path, source: Path, shard_bytes: int) -> None:
+    first = next(tensors)
+    dtype = first[1].dtype
+    plan = [t for p in parameters(ModelConfig.from_folder(source)) for t in p.tensors]
+    folder = atomic.begin(target)
+    atomic.require_space(folder, dtype.itemsize * sum(map(_numel, plan)))
+    copy_companions(source, folder, dtype)
+    _write_tensors(folder, itertools.chain([first], tensors), plan, dtype, shard_bytes)
+    atomic.commit(target)
 
 
 def copy_companions(source: str | Path, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -83,8 +96,9 @@ def _write_tensors(
     folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], plan: list[HFTensor], dtype: torch.dtype, shard_bytes: int
 ) -> None:
     """One file, or numbered files of at most `shard_bytes` and their index."""
-    counts = hf.plan_buckets(plan, dtype.itemsize, shard_bytes)
-    weight_map, start = {}, 0
+    counts = plan_buckets(plan, dtype.itemsize, shard_bytes)
+    weight_map: dict[str, str] = {}
+    start = 0
     for number, count in enumerate(counts, start=1):
         name = SINGLE_FILE if len(counts) == 1 else f"model-{number:05}-of-{len(counts):05}.safetensors"
         part = plan[start : start + count]
@@ -93,8 +107,9 @@ def _write_tensors(
         with (folder / name).open("wb") as file:
             file.write(_header(part, dtype))
             for planned in part:
-                found, tensor = next(tensors)
-                assert (found, tuple(tensor.shape)) == (planned.name, planned.shape), f"exported {found}, planned {planned}"
+                name_found, tensor = next(tensors)
+                found = (name_found, tuple(tensor.shape), tensor.dtype)
+                assert found == (planned.name, planned.shape, dtype), f"exported {found}, planned {planned} {dtype}"
                 file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     if len(counts) > 1:
         index = {"metadata": {"total_size": dtype.itemsize * sum(map(_numel, plan))}, "weight_map": weight_map}

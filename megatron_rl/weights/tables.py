@@ -51,9 +51,7 @@ _LLAMA = (
             (_THERE + "self_attn.v_proj.weight", ("key", "hidden")),
         ),
     ),
-    Row(
-        _HERE + "self_attention.linear_proj.weight", Rule.ROW, ((_THERE + "self_attn.o_proj.weight", ("hidden", "query")),)
-    ),
+    Row(_HERE + "self_attention.linear_proj.weight", Rule.ROW, ((_THERE + "self_attn.o_proj.weight", ("hidden", "query")),)),
     Row(
         _HERE + "pre_mlp_layernorm.weight",
         Rule.REPLICATED,
