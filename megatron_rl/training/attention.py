@@ -20,26 +20,9 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
 
+from megatron_rl.training.packing import Branch
+
 MAX_PADDING = 0.25  # share of a batch's positions that may be padding
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One sequence of the pack: rows [start, start + length), preceded by the `prefix_length` rows of its prompt."""
-
-    start: int
-    length: int
-    prefix_start: int = 0
-    prefix_length: int = 0
-
-    @property
-    def num_positions(self) -> int:
-        return self.prefix_length + self.length
-
-    def rows(self) -> np.ndarray:
-        """int64 [num_positions]"""
-        prefix = np.arange(self.prefix_start, self.prefix_start + self.prefix_length)
-        return np.concatenate([prefix, np.arange(self.start, self.start + self.length)])
 
 
 @dataclass(frozen=True)

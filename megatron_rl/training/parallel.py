@@ -8,10 +8,9 @@ plans and messages. Next: `model.py`.
 from __future__ import annotations
 
 import os
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ class Launch:
     world_size: int
     local_rank: int
     local_world_size: int
+    master_host: str  # address of rank 0 that all ranks reach
 
     @classmethod
     def from_environment(cls) -> Launch:
@@ -39,12 +39,13 @@ class Launch:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         found = {name: os.environ.get(name) for name in names}
         if all(value is None for value in found.values()):
-            return cls(0, 1, 0, 1)
+            return cls(0, 1, 0, 1, "127.0.0.1")
         missing = [name for name, value in found.items() if value is None]
         if missing:
             raise ConfigError(f"environment: {', '.join(missing)} not set although others of {names} are; start with torchrun")
         rank, world_size, local_rank = (int(value or 0) for value in found.values())
-        return cls(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        return cls(rank, world_size, local_rank, local_world_size, os.environ.get("MASTER_ADDR", "127.0.0.1"))
 
 
 def initialize(config: Config) -> Launch:
@@ -61,10 +62,8 @@ def initialize(config: Config) -> Launch:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if launch.world_size > 1:
         dist.init_process_group(backend, timeout=timeout)
-    else:
-        folder = tempfile.mkdtemp(prefix="megatron_rl_")  # one rank: a file in place of a port
-        store = dist.FileStore(str(Path(folder) / "store"), 1)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    else:  # one rank finds itself in its own memory: no port, no file
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     place_ranks(config)
     return launch
 
@@ -78,7 +77,7 @@ def place_ranks(config: Config) -> None:
         t.virtual_pipeline,
         context_parallel_size=t.context_parallel,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, round(t.collective_timeout_s / 60)),
+        distributed_timeout_minutes=t.collective_timeout_s / 60,
     )
     torch.manual_seed(config.run.seed)
     model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
@@ -91,14 +90,20 @@ def shutdown() -> None:
 
 
 class Messages:
-    """Python objects from rank 0 to all, over gloo whatever the backend of the tensors."""
+    """Python objects between rank 0 and the others, over gloo whatever the backend of the tensors."""
 
     def __init__(self, timeout_s: float) -> None:
         plain = dist.get_backend() == "gloo"
         self._group = dist.group.WORLD if plain else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
-    def broadcast(self, value: Any) -> Any:
-        """Collective: rank 0's value on every rank; the others' argument is ignored."""
-        box = [value if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+    def scatter(self, values: Sequence[Any] | None) -> Any:
+        """Collective: each rank gets its own of rank 0's values, one for each rank; the others' argument is ignored."""
+        box: list[Any] = [None]
+        dist.scatter_object_list(box, list(values) if values is not None and dist.get_rank() == 0 else None, group=self._group)
         return box[0]
+
+    def gather_all(self, value: Any) -> list[Any]:
+        """Collective: every rank's value, on every rank."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values

@@ -1,0 +1,70 @@
+"""One packed micro-batch as tensors, cut to what this rank computes.
+
+Under context parallelism a rank takes a contiguous slice of the pack's rows and the loss tokens predicted by them; the
+attention plan covers the whole pack, because attention trades tokens for heads. Next: `trainer.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_rl.training.attention import TreeParams, plan_attention, rotary_tables
+from megatron_rl.training.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Loss tokens are this context-parallel rank's; sequences are all of the pack's."""
+
+    index: int  # among the micro-batches of this data-parallel rank's optimizer step
+    token_ids: torch.Tensor  # int64 [1, tokens / CP]
+    params: TreeParams
+    loss_rows: torch.Tensor  # int64 [loss_tokens], rows of this rank's slice
+    targets: torch.Tensor  # int64 [loss_tokens]
+    sequence_ids: torch.Tensor  # int64 [loss_tokens]
+    behaviour_log_probs: torch.Tensor  # float32 [loss_tokens]
+    weight_versions: torch.Tensor  # int32 [loss_tokens]
+    advantages: torch.Tensor  # float32 [sequences]
+    weights: torch.Tensor  # float32 [sequences]
+    trajectory_ids: np.ndarray  # int64 [sequences]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a micro-batch is cut and made for."""
+
+    context_rank: int
+    context_size: int
+    device: torch.device
+    dtype: torch.dtype
+    inverse_frequencies: torch.Tensor  # float32 [head_dim / 2]
+
+
+def prepare(packed: PackedBatch, index: int, place: Place) -> MicroBatch:
+    num_tokens = len(packed.token_ids)
+    assert num_tokens % place.context_size == 0, "the planner pads packs to a multiple of the context-parallel size"
+    size = num_tokens // place.context_size
+    mine = slice(place.context_rank * size, (place.context_rank + 1) * size)
+    chosen = (packed.loss_rows >= mine.start) & (packed.loss_rows < mine.stop)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(place.device)
+
+    cos, sin = rotary_tables(tensor(packed.positions[mine]), place.inverse_frequencies, place.dtype)
+    plan = plan_attention(packed.branches, num_tokens, place.device)
+    return MicroBatch(
+        index=index,
+        token_ids=tensor(packed.token_ids[mine])[None],
+        params=TreeParams(qkv_format="thd", plan=plan, cos=cos, sin=sin),
+        loss_rows=tensor(packed.loss_rows[chosen] - mine.start),
+        targets=tensor(packed.targets[chosen]),
+        sequence_ids=tensor(packed.sequence_ids[chosen]),
+        behaviour_log_probs=tensor(packed.behaviour_log_probs[chosen]),
+        weight_versions=tensor(packed.weight_versions[chosen]),
+        advantages=tensor(packed.advantages),
+        weights=tensor(packed.weights),
+        trajectory_ids=packed.trajectory_ids,
+    )

@@ -1,0 +1,90 @@
+"""What one micro-batch contributes to an optimizer step: a scalar to differentiate, and its share of the metrics.
+
+The scalar is -sum(weight * coefficient * log pi) with the objective's coefficients held fixed: its gradient is the loss's.
+Sums over a sequence are completed over context-parallel ranks before the objective sees them. Next: `trainer.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.algorithms import Objective, ObjectiveInputs
+from megatron_rl.training.micro_batch import MicroBatch
+
+_NAMES = ("loss", "tokens", "entropy", "sequences", "log_ratio", "current", "mismatch", "older", "drift", "bad_micro_batches")
+
+
+@dataclass
+class Sums:
+    """Sums over this rank's micro-batches. Ranks that hold the same numbers as another add nothing."""
+
+    values: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_NAMES, 0.0))
+    bad_trajectories: list[int] = field(default_factory=list)  # of micro-batches whose loss is not finite
+
+    def add(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self.values[name] += amount
+
+    def over_ranks(self, device: torch.device) -> dict[str, float]:
+        """Collective: the sums over all ranks, float64."""
+        total = torch.tensor(list(self.values.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return dict(zip(self.values, total.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Called by the trainer on the last pipeline stage, once for each micro-batch of one optimizer step."""
+
+    objective: Objective
+    reference: list[torch.Tensor] | None  # float32 [loss_tokens] of each micro-batch; None: the weights at hand
+    weight_version: int  # tokens of this version count as mismatch, others as drift
+    context_group: dist.ProcessGroup
+    counts: bool  # False on ranks that hold the same numbers as another
+    sums: Sums
+
+    def __call__(self, b: MicroBatch, log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        """log_probs (differentiable) and entropy: float32 [loss_tokens]."""
+        inputs = self._inputs(b, log_probs.detach())
+        if self.counts:
+            self._count(b, inputs, entropy)
+        coefficients = self.objective.coefficients(inputs)
+        return -(inputs.weights[b.sequence_ids] * coefficients * log_probs).sum()
+
+    def _inputs(self, b: MicroBatch, now: torch.Tensor) -> ObjectiveInputs:
+        before = now if self.reference is None else self.reference[b.index]
+        log_ratios = torch.zeros_like(b.advantages).index_add(0, b.sequence_ids, now - before)
+        if self.context_group.size() > 1:
+            dist.all_reduce(log_ratios, group=self.context_group)
+        return ObjectiveInputs(
+            log_probs=now,
+            reference_log_probs=before,
+            behaviour_log_probs=b.behaviour_log_probs,
+            sequence_ids=b.sequence_ids,
+            log_ratios=log_ratios,
+            advantages=b.advantages,
+            weights=b.weights,
+        )
+
+    def _count(self, b: MicroBatch, inputs: ObjectiveInputs, entropy: torch.Tensor) -> None:
+        loss = float(self.objective.loss(inputs).sum())
+        if not math.isfinite(loss):
+            self.sums.add(bad_micro_batches=1)
+            self.sums.bad_trajectories += b.trajectory_ids.tolist()
+        gap = (inputs.reference_log_probs - b.behaviour_log_probs).abs()
+        current = b.weight_versions == self.weight_version
+        self.sums.add(
+            loss=loss,
+            tokens=len(b.targets),
+            entropy=float(entropy.sum()),
+            current=int(current.sum()),
+            mismatch=float(gap[current].sum()),
+            older=int((~current).sum()),
+            drift=float(gap[~current].sum()),
+        )
+        if self.context_group.rank() == 0:  # each context-parallel rank has the whole log-ratios
+            self.sums.add(sequences=len(b.advantages), log_ratio=float(inputs.log_ratios.abs().sum()))
