@@ -60,12 +60,12 @@ def run(scenario: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(scenario, 60))
 
 
-async def open_engine(folder: Path, **options: Any) -> EmbeddedEngine:
+def open_engine(folder: Path, **options: Any) -> EmbeddedEngine:
     """Small pages and batches, so that edges are met; `options` of EmbeddedConfig and of the engine."""
     fields = {key: options.pop(key) for key in list(options) if key in EmbeddedConfig.model_fields}
     config = EmbeddedConfig(**{"page_size": 4, "kv_bytes": 4 << 20, "batch_sizes": (1, 2, 4, 8, 64), **fields})
     options = {"dtype": torch.float32, "device": torch.device("cpu"), **options}
-    return await EmbeddedEngine.from_folder(folder, config=config, **options)
+    return EmbeddedEngine.from_folder(folder, config=config, **options)
 
 
 def request(trajectory_id: int, context: Sequence[int], max_new_tokens: int, **options: Any) -> Request:

@@ -24,7 +24,7 @@ def test_greedy_tokens_and_log_probs_equal_transformers(name, model_folder):
     prompts = {i: prompt(i, length) for i, length in enumerate((1, 3, 4, 17, 33))}
 
     async def scenario():
-        engine = await open_engine(folder, prefill_tokens=10)
+        engine = open_engine(folder, prefill_tokens=10)
         found = await collect(engine, [request(i, p, 40, temperature=0) for i, p in prompts.items()])
         await engine.close()
         return found
@@ -45,7 +45,7 @@ def test_log_probs_of_sampled_tokens_equal_transformers_at_the_temperature(name,
     context = prompt(7, 19)
 
     async def scenario():
-        engine = await open_engine(folder)
+        engine = open_engine(folder)
         found = await collect(engine, [request(5, context, 60, temperature=1.7, top_p=0.9, seed=3)])
         await engine.close()
         return found[5]

@@ -34,7 +34,6 @@ from megatron_rl.rollout.engines.embedded.weights import read_folder
 
 T = TypeVar("T")
 _POLL_S = 5.0  # how often a wait looks whether the worker still moves
-_BUCKET_TENSORS = 16  # tensors handed to the worker at once while a folder is read
 
 
 class EmbeddedEngine:
@@ -72,17 +71,17 @@ class EmbeddedEngine:
         self._thread.start()
 
     @classmethod
-    async def from_folder(cls, folder: str | Path, *, version: int = 0, **options: Any) -> EmbeddedEngine:
+    def from_folder(cls, folder: str | Path, *, version: int = 0, **options: Any) -> EmbeddedEngine:
         """An engine with the weights of a Hugging Face folder. options: those of the constructor, without `model`.
 
-        Raises DataError for a folder that cannot be used."""
+        Needs no event loop. Raises DataError for a folder that cannot be used."""
         engine = cls(ModelConfig.from_folder(folder), **options)
-        await engine.load_folder(folder, version)
+        engine._post(engine._runner.begin_load)
+        for tensor in read_folder(Path(folder)):
+            engine._post(partial(engine._runner.take_bucket, [tensor])).result(engine._silence_s)
+        engine._post(lambda: engine._runner.finish_load(version, None)).result(engine._silence_s)
+        engine.weight_version = version
         return engine
-
-    async def load_folder(self, folder: str | Path, version: int) -> None:
-        """`load_weights` from safetensors files."""
-        await self.load_weights(_in_buckets(read_folder(Path(folder))), version)
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
         stream = _Stream(asyncio.get_running_loop())
@@ -283,14 +282,3 @@ class _Stream:
     def _put(self, events: Sequence[Chunk | EngineError]) -> None:
         for event in events:
             self.events.put_nowait(event)
-
-
-def _in_buckets(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[list[tuple[str, torch.Tensor]]]:
-    bucket = []
-    for item in tensors:
-        bucket.append(item)
-        if len(bucket) == _BUCKET_TENSORS:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket

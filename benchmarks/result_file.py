@@ -1,0 +1,59 @@
+"""Writes `benchmarks/results/<name>.json`: what was measured, where, with which versions and command."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured case. Ratios above 1 mean that we are ahead; a limit is what the hardware allows."""
+
+    case: str
+    unit: str
+    ours: float
+    peer: float
+    peer_name: str
+    limit: float | None
+    ratio_to_peer: float
+    ratio_to_limit: float | None
+    spread: Mapping[str, tuple[float, float]]  # lowest and highest of the repeats, by side
+
+
+def write_result(name: str, rows: Sequence[Row], *, ceilings: Mapping[str, float], packages: Sequence[str]) -> Path:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=10
+    )
+    content = {
+        "name": name,
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "command": " ".join(["python", *sys.argv]),
+        "ceilings": dict(ceilings),
+        "rows": [asdict(row) for row in rows],
+    }
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
