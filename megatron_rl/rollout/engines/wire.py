@@ -1,0 +1,200 @@
+"""Frames of the wire form of the `Engine` protocol: a JSON header, then the raw bytes of its arrays.
+
+    frame   = header bytes (uint32), body bytes (uint64), both big-endian; header; body
+    header  = {"call": number, "message": tree, "arrays": [[kind, dtype, shape], ...]}
+
+Only the dataclasses listed in `_TYPES` can be written or read; nothing is executed while reading. Who sends what, and how
+long one waits, is in `remote.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from asyncio import StreamReader
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_rl.errors import EngineError
+from megatron_rl.rollout.engines.base import Capabilities, Chunk, KVSnapshot, Request, Sampling
+from megatron_rl.types import Ending
+
+_PREFIX = struct.Struct("!IQ")
+_MAX_HEADER_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Asks for a Description."""
+
+
+@dataclass(frozen=True)
+class Description:
+    name: str
+    capabilities: Capabilities
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answered by Chunk* until each request has its last one."""
+
+    requests: list[Request]
+
+
+@dataclass(frozen=True)
+class Abort:
+    trajectory_ids: list[int] | None
+
+
+@dataclass(frozen=True)
+class AwaitVersion:
+    """Answered by Done once the engine holds these weights. They come to it in its own process, never over the wire."""
+
+    version: int
+    within_s: float
+
+
+@dataclass(frozen=True)
+class ReleaseMemory:
+    tags: list[str]
+
+
+@dataclass(frozen=True)
+class ResumeMemory:
+    tags: list[str]
+
+
+@dataclass(frozen=True)
+class SnapshotKV:
+    """Answered by Snapshots."""
+
+    trajectory_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    snapshots: list[KVSnapshot]
+
+
+@dataclass(frozen=True)
+class RestoreKV:
+    """Answered by Restored."""
+
+    snapshots: list[KVSnapshot]
+
+
+@dataclass(frozen=True)
+class Restored:
+    in_place: list[bool]
+
+
+@dataclass(frozen=True)
+class Health:
+    pass
+
+
+@dataclass(frozen=True)
+class Done:
+    pass
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The call is over; `text` is the message of the EngineError."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Sent between chunks, for call 0: the engine answers, whether or not there are tokens."""
+
+
+_TYPES = {
+    kind.__name__: kind
+    for kind in (
+        (Request, Sampling, Chunk, KVSnapshot, Capabilities, Describe, Description, Generate, Abort, AwaitVersion, ReleaseMemory)
+        + (ResumeMemory, SnapshotKV, Snapshots, RestoreKV, Restored, Health, Done, Failed, Alive)
+    )
+}
+
+
+def encode(call: int, message: Any) -> bytes:
+    """One frame. message: an instance of one of the dataclasses above."""
+    arrays: list[np.ndarray] = []
+    kinds: list[list[Any]] = []
+    tree = _to_tree(message, arrays, kinds)
+    header = json.dumps({"call": call, "message": tree, "arrays": kinds}).encode()
+    body = b"".join(array.tobytes() for array in arrays)
+    return _PREFIX.pack(len(header), len(body)) + header + body
+
+
+async def receive(reader: StreamReader) -> tuple[int, Any]:
+    """(call, message) of the next frame. Raises IncompleteReadError at the end of the stream, EngineError for other bytes."""
+    num_header, num_body = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
+    if num_header > _MAX_HEADER_BYTES:
+        raise EngineError(f"engine connection: a header of {num_header} bytes; the other side speaks another protocol")
+    header = await reader.readexactly(num_header)
+    body = await reader.readexactly(num_body)
+    try:
+        content = json.loads(header)
+        return content["call"], _from_tree(content["message"], _split(body, content["arrays"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise EngineError(f"engine connection: a frame that cannot be read ({e}); both ranks must run the same version") from e
+
+
+def _to_tree(value: Any, arrays: list[np.ndarray], kinds: list[list[Any]]) -> Any:
+    if isinstance(value, torch.Tensor):
+        host = value.detach().cpu().contiguous()
+        dtype = str(host.dtype).removeprefix("torch.")
+        kinds.append(["tensor", dtype, list(host.shape)])
+        arrays.append(host.view(torch.uint8).numpy() if host.dim() else host[None].view(torch.uint8).numpy())
+        return {"array": len(arrays) - 1}
+    if isinstance(value, np.ndarray):
+        little = value.astype(value.dtype.newbyteorder("<"))
+        kinds.append(["numpy", little.dtype.str, list(value.shape)])
+        arrays.append(little)
+        return {"array": len(arrays) - 1}
+    if is_dataclass(value):
+        name = type(value).__name__
+        assert name in _TYPES, f"{name} has no wire form"
+        return {"type": name, "fields": {f.name: _to_tree(getattr(value, f.name), arrays, kinds) for f in fields(value)}}
+    if isinstance(value, list | tuple):
+        return [_to_tree(item, arrays, kinds) for item in value]
+    return value
+
+
+def _from_tree(tree: Any, arrays: list[Any]) -> Any:
+    if isinstance(tree, list):
+        return [_from_tree(item, arrays) for item in tree]
+    if not isinstance(tree, Mapping):
+        return tree
+    if "array" in tree:
+        return arrays[tree["array"]]
+    kind = _TYPES[tree["type"]]
+    values = {name: _from_tree(value, arrays) for name, value in tree["fields"].items()}
+    if kind is Sampling:
+        values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    if kind is Chunk and values["ending"] is not None:
+        values["ending"] = Ending(values["ending"])
+    return kind(**values)
+
+
+def _split(body: bytes, kinds: list[list[Any]]) -> list[Any]:
+    arrays: list[Any] = []
+    at = 0
+    for kind, dtype, shape in kinds:
+        item_bytes = getattr(torch, dtype).itemsize if kind == "tensor" else np.dtype(dtype).itemsize
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * item_bytes
+        flat = np.frombuffer(body, np.uint8, num_bytes, at).copy()
+        at += num_bytes
+        if kind == "tensor":
+            arrays.append(torch.from_numpy(flat).view(getattr(torch, dtype)).view(shape))
+        else:
+            arrays.append(flat.view(dtype).reshape(shape))
+    return arrays
