@@ -1,0 +1,114 @@
+"""What may happen to a process that saves a checkpoint. Reads jobs, one JSON list a line: function, arguments.
+
+Each job runs in a fork of this process, which has paid the imports and started no thread; the answer is its wait status.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from material import make_config
+
+import megatron_rl.training.cpu
+from megatron_rl.errors import CheckpointError
+from megatron_rl.model_config import ModelConfig
+from megatron_rl.training import checkpoint, parallel
+from megatron_rl.training.trainer import Trainer
+from megatron_rl.weights import atomic, sharded
+
+# (where the function is looked up, its name, whether it still does its work)
+PLACES: dict[str, tuple[Any, str, bool]] = {
+    "before the weights": (sharded.torch_checkpoint, "save", False),
+    "after the weights": (sharded.torch_checkpoint, "save", True),
+    "before the commit": (atomic, "commit", False),
+    "within the commit": (atomic, "_sync", True),
+    "after the commit": (atomic, "discard", False),
+    "while the old one is deleted": (atomic.shutil, "rmtree", False),
+}
+
+
+def start(folder: str) -> Trainer:
+    config = make_config(Path(folder))
+    parallel.initialize(config)
+    trainer = Trainer(config, ModelConfig.from_folder(folder))
+    trainer.load_hf(folder)
+    return trainer
+
+
+def save_and_die(folder: str, run: str, place: str) -> None:
+    trainer = start(folder)
+    checkpoint.save(trainer, Path(run), 1, {"iteration": 1}, keep=1)
+    owner, name, works = PLACES[place]
+    original = getattr(owner, name)
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        if works:
+            original(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, die)
+    checkpoint.save(trainer, Path(run), 2, {"iteration": 2}, keep=1)
+
+
+def start_again(folder: str, run: str, current: str) -> None:
+    trainer = start(folder)
+    newest = checkpoint.latest(Path(run))
+    assert newest is not None
+    checkpoint.remove_leftovers(Path(run))
+    assert all(path.name.startswith("iteration_") for path in newest.parent.iterdir())
+    assert checkpoint.load(trainer, newest) == {"iteration": int(current)}
+    checkpoint.save(trainer, Path(run), 3, {}, keep=1)
+
+
+def fill_disk(folder: str, run: str) -> None:
+    trainer = start(folder)
+    first = checkpoint.save(trainer, Path(run), 1, {"iteration": 1}, keep=1)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # no file may grow beyond: writes fail as on a full disk
+    try:
+        checkpoint.save(trainer, Path(run), 2, {"iteration": 2}, keep=1)
+    except CheckpointError as e:
+        message = str(e)
+    assert "iteration_000002: the checkpoint could not be written" in message and "File too large" in message, message
+    assert f"needs {sharded.num_bytes(trainer.model_config):,} bytes" in message and "free" in message, message
+    assert list(first.parent.iterdir()) == [first]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    checkpoint.load(trainer, checkpoint.save(trainer, Path(run), 2, {"iteration": 2}, keep=1))
+
+
+JOBS: dict[str, Callable[..., None]] = {f.__name__: f for f in (save_and_die, start_again, fill_disk)}
+
+
+def run_forked(job: list[str]) -> int:
+    """Wait status: 0, 1 after an exception (its traceback is on stderr), or the signal that killed it."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    status = 1
+    try:
+        JOBS[job[0]](*job[1:])
+        status = 0
+    finally:
+        if status:
+            traceback.print_exc()
+        os._exit(status)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    megatron_rl.training.cpu.install()
+    for line in sys.stdin:
+        print(run_forked(json.loads(line)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
