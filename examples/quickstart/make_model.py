@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(ARCHITECTURES), default="qwen3")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # matrices this small lose more to waiting threads than they gain, on a busy machine most of all
     model = make_model(args.folder / "model", args.family, seed=args.seed)
     loss = warm_up(model, seed=args.seed)
     task = write_task(args.folder / "task.jsonl")
