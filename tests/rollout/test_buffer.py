@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from material import append, finish, outcome, prompt
 
 from megatron_rl.errors import BufferFileError
 from megatron_rl.rollout.buffer import ReplayBuffer, TrajectoryState
 from megatron_rl.rollout.buffer_file import TABLES
 from megatron_rl.types import DropReason, Ending, Outcome, OutcomeKind
-from tests.rollout.material import append, finish, outcome, prompt
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_engine import STOP, FakeEngine, response_token
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from material import append, config, finish, prompt
 
 from megatron_rl.config import Config
 from megatron_rl.errors import EngineError, RewardError
@@ -20,8 +22,6 @@ from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.buffer import ReplayBuffer, TrajectoryState
 from megatron_rl.rollout.scheduler import Rollout
 from megatron_rl.types import DropReason, Ending, Group, Outcome, OutcomeKind, Prompt
-from tests.rollout.fake_engine import STOP, FakeEngine, response_token
-from tests.rollout.material import append, config, finish, prompt
 
 MODEL = ModelConfig(
     "llama",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from material import prompt
 
 from megatron_rl.rollout.selection import loss_mask, oldest_loss_version, share_without_loss, training_sequences
 from megatron_rl.types import Ending, Group, Segment, Trajectory
-from tests.rollout.material import prompt
 
 
 def segment(iteration: int, version: int, n: int, ending: Ending, tool: int = 0) -> Segment:
