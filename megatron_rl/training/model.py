@@ -18,6 +18,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -82,7 +88,17 @@ def _build_chunk(config: Config, model: ModelConfig, stage: int | None) -> Polic
         vp_stage=stage,
     )
     chunk.model_config = model
+    _mark_sharded(chunk)
     return chunk.to(cpu.device())
+
+
+def _mark_sharded(chunk: PolicyModel) -> None:
+    """Megatron marks weights as cut over tensor-parallel ranks only where it initialises them at random. Unmarked, they
+    count once instead of once a rank, and the gradient norm, which clipping divides by, comes out too small."""
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _block_spec(transformer: TransformerConfig, model: ModelConfig, stage: int | None) -> TransformerBlockSubmodules:

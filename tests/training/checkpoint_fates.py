@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from material import make_config
 
 import megatron_rl.training.cpu
 from megatron_rl.errors import CheckpointError
@@ -24,6 +23,7 @@ from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import checkpoint, parallel
 from megatron_rl.training.trainer import Trainer
 from megatron_rl.weights import atomic, sharded
+from tests.training.material import make_config
 
 # (where the function is looked up, its name, whether it still does its work)
 PLACES: dict[str, tuple[Any, str, bool]] = {

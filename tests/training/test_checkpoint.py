@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from material import flat, make_config, make_groups, make_model
 
 from megatron_rl.algorithms import MirrorDescent
 from megatron_rl.config import Config
 from megatron_rl.errors import CheckpointError
 from megatron_rl.training import checkpoint
 from megatron_rl.training.trainer import Trainer
+from tests.training.material import flat, make_config, make_groups, make_model
 
 MakeTrainer = Callable[[Config], Trainer]
 
@@ -128,8 +128,8 @@ def test_a_checkpoint_of_another_model_is_refused(make_trainer: MakeTrainer, tmp
 @pytest.fixture(scope="module")
 def fate() -> Iterator[Callable[..., int]]:
     """Runs a function of `checkpoint_fates.py` in a new process; returns its wait status."""
-    script = Path(__file__).with_name("checkpoint_fates.py")
-    with subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.training.checkpoint_fates"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
         requests, answers = process.stdin, process.stdout
 

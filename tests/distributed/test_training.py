@@ -1,0 +1,77 @@
+"""The RL objective under every parallel layout: loss, gradients and weights after two optimizer steps equal one rank's.
+
+Micro-batches are small, so that groups are split over micro-batches and ranks; the one rank takes each step's batch whole.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_rl.training import parallel
+from megatron_rl.training.packing import plan
+from tests.distributed.layouts import LAYOUTS, MAX_TOKENS, config_of, make_models, minibatches, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    make_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """Of all layouts; one launch for each number of ranks, one after the other."""
+    found = {}
+    for num_ranks in (2, 4):
+        command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.launch", str(num_ranks), str(folder)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-6000:]
+        found |= torch.load(folder / f"results_{num_ranks}.pt", weights_only=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder):
+    """The same two steps on one rank, each in one micro-batch."""
+    parallel.initialize(config_of(folder / "qwen3", {}))
+    yield {model: train(config_of(folder / model, {})) for model in ("qwen3", "qwen2")}
+    parallel.shutdown()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_as_one_rank_does(layout, results, one_rank):
+    found, wanted = results[layout], one_rank[LAYOUTS[layout][1]]
+    assert wanted["metrics"]["log_ratio/abs_mean"] > 0.01, "tau must act for this test to mean anything"
+    assert found["metrics"]["num_micro_batches"] > 4 > wanted["metrics"]["num_micro_batches"]
+    for key in ("loss", "grad_norm", "entropy/mean", "log_ratio/abs_mean", "mismatch/logp_abs_mean", "drift/logp_abs_mean"):
+        assert found["metrics"][key] == pytest.approx(wanted["metrics"][key], rel=1e-4, abs=1e-6), key
+    assert found["metrics"]["tokens/trained"] == wanted["metrics"]["tokens/trained"]
+    assert set(found["weights"]) == set(wanted["weights"])
+    for name, value in wanted["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name in found["gradients"]:
+        torch.testing.assert_close(
+            found["gradients"][name], wanted["gradients"][name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_batch_splits_groups_over_micro_batches_and_ranks():
+    for sequences in minibatches():
+        ranks = plan(sequences, max_tokens=MAX_TOKENS, data_parallel=2)
+        homes = [{(s // 3, rank) for pack in packs for s in pack.trajectory_ids.tolist()} for rank, packs in enumerate(ranks)]
+        split = {group for group, _ in homes[0]} & {group for group, _ in homes[1]}
+        assert split and len(ranks[0]) > 1
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_with_the_same_words(results):
+    said = results["refused"]
+    assert len(said) == 2 and said[0] == said[1] and "loss is not finite" in said[0] and "7" in said[0]
+
+
+def test_main_weights_split_over_ranks_are_read_back_whole(results):
+    assert results["round trip"] is True
