@@ -60,12 +60,16 @@ def test_a_layout_trains_as_one_rank_does(layout, results, one_rank):
         )
 
 
-def test_the_batch_splits_groups_over_micro_batches_and_ranks():
-    for sequences in minibatches():
-        ranks = plan(sequences, max_tokens=MAX_TOKENS, data_parallel=2)
-        homes = [{(s // 3, rank) for pack in packs for s in pack.trajectory_ids.tolist()} for rank, packs in enumerate(ranks)]
-        split = {group for group, _ in homes[0]} & {group for group, _ in homes[1]}
-        assert split and len(ranks[0]) > 1
+def test_the_batch_has_groups_split_over_micro_batches_and_over_ranks():
+    planned = [plan(sequences, max_tokens=MAX_TOKENS, data_parallel=2) for sequences in minibatches()]
+    homes = {}
+    for ranks in planned:
+        for rank, packs in enumerate(ranks):
+            for i, pack in enumerate(packs):
+                for trajectory in pack.trajectory_ids.tolist():
+                    homes.setdefault(trajectory // 3, set()).add((rank, i))
+    assert any(len({rank for rank, _ in places}) == 2 for places in homes.values()), "over ranks"
+    assert any(len({i for _, i in places}) == 2 for places in homes.values()), "over micro-batches"
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank_with_the_same_words(results):
