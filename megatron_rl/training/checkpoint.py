@@ -45,8 +45,7 @@ def save(trainer: Trainer, run_folder: Path, iteration: int, extra: dict[str, An
     if _on_rank_0(target, target.exists):
         return target
     _on_rank_0(target, lambda: remove_leftovers(run_folder))
-    state = {"iteration": iteration, "extra": extra}
-    write(target, trainer.chunks, trainer.optimizer.main_weight, trainer.config.model.folder, state)
+    write(target, trainer.chunks, trainer.optimizer.main_weight, trainer.config.model.folder, extra)
     _on_rank_0(target, lambda: _delete_old(parent, keep))
     return target
 
@@ -61,10 +60,10 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Main weights and model weights from a checkpoint of any layout; returns `extra`. Collective.
 
     Raises CheckpointError where it is damaged, of a newer format or of another model."""
-    state = read_state(path)
+    extra = read_extra(path)
     for parameter, value in sharded.load(trainer.chunks, path):
         trainer.optimizer.set_main_weight(parameter, value)
-    return dict(state["extra"])
+    return extra
 
 
 def remove_leftovers(run_folder: Path) -> None:
@@ -78,14 +77,14 @@ def write(
     chunks: list[PolicyModel],
     values: Callable[[torch.nn.Parameter], torch.Tensor],
     model_folder: Path,
-    state: dict[str, Any],
+    extra: dict[str, Any],
 ) -> None:
     """One checkpoint folder, whole or not at all. Collective; raises CheckpointError on every rank."""
     needed = sharded.num_bytes(chunks[0].model_config)
     partial = _on_rank_0(target, lambda: _begin(target, needed))
     try:
         sharded.save(chunks, partial, values)
-        _on_rank_0(target, lambda: _commit(target, model_folder, state))
+        _on_rank_0(target, lambda: _commit(target, model_folder, extra))
     except CheckpointError as e:
         if dist.get_rank() == 0:
             atomic.abandon(target)
@@ -96,8 +95,8 @@ def write(
         ) from e
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What was saved beside the weights: iteration, extra. Raises CheckpointError where this is no checkpoint of ours."""
+def read_extra(path: Path) -> dict[str, Any]:
+    """What was saved beside the weights. Raises CheckpointError where this is no checkpoint of ours."""
     file = path / STATE_FILE
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -105,7 +104,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: cannot read ({e}); delete {path} to continue from the checkpoint before it") from e
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{file}: format {state.get('format')!r}, this version reads {FORMAT}; use a newer megatron_rl")
-    return dict(state)
+    return dict(state["extra"])
 
 
 def _begin(target: Path, needed: int) -> Path:
@@ -114,9 +113,9 @@ def _begin(target: Path, needed: int) -> Path:
     return atomic.begin(target)
 
 
-def _commit(target: Path, model_folder: Path, state: dict[str, Any]) -> None:
+def _commit(target: Path, model_folder: Path, extra: dict[str, Any]) -> None:
     partial = atomic.partial(target)
-    (partial / STATE_FILE).write_text(json.dumps({"format": FORMAT, **state}, indent=2), encoding="utf-8")
+    (partial / STATE_FILE).write_text(json.dumps({"format": FORMAT, "extra": extra}, indent=2), encoding="utf-8")
     (partial / MODEL_FOLDER).mkdir()
     copy_companions(model_folder, partial / MODEL_FOLDER)
     atomic.commit(target)

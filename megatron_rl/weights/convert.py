@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, check_model
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import checkpoint, parallel
@@ -21,6 +21,9 @@ from megatron_rl.weights import hf, sharded
 from megatron_rl.weights.folder import write_model_folder
 
 Dtype = Literal["float32", "bfloat16"]
+
+# What the loop finds beside the weights when a run starts from a converted checkpoint.
+FIRST = {"iteration": 0, "version": 0, "sampler": None}
 
 
 def convert(
@@ -39,6 +42,8 @@ def convert(
     source, target = Path(source), Path(target)
     if target.exists():
         raise ConfigError(f"{target}: already exists; name a new folder")
+    if min(tensor_parallel, pipeline_parallel) < 1:
+        raise ConfigError(f"tensor_parallel={tensor_parallel}, pipeline_parallel={pipeline_parallel}: at least 1 rank each")
     if to == "hf" and not (source / checkpoint.STATE_FILE).is_file():
         raise DataError(
             f"{source}: not a checkpoint ({checkpoint.STATE_FILE} is missing); give runs/NAME/checkpoints/iteration_N"
@@ -46,15 +51,15 @@ def convert(
     folder = source if to == "megatron" else source / checkpoint.MODEL_FOLDER
     model = ModelConfig.from_folder(folder)
     config = _config(folder, "float32" if to == "megatron" else dtype, tensor_parallel, pipeline_parallel)
-    check_layout(model, tensor_parallel, pipeline_parallel)
+    check_model(config, model)
     launch = parallel.initialize(config)
     try:
         chunks = build_model(config, model)
         if to == "megatron":
             hf.load(chunks, source)
-            checkpoint.write(target, chunks, torch.Tensor.detach, source, {"iteration": 0, "extra": {}})
+            checkpoint.write(target, chunks, torch.Tensor.detach, source, FIRST)
             return
-        checkpoint.read_state(source)
+        checkpoint.read_extra(source)
         with torch.no_grad():
             for parameter, value in sharded.load(chunks, source):
                 parameter.copy_(value)
@@ -64,28 +69,13 @@ def convert(
         parallel.shutdown()
 
 
-def check_layout(model: ModelConfig, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Raises ConfigError where the model cannot be cut that way."""
-    for what, size, parts in (
-        ("attention heads", model.num_heads, tensor_parallel),
-        ("rows of the feed-forward layer", model.ffn_size, tensor_parallel),
-        ("layers", model.num_layers, pipeline_parallel),
-    ):
-        if size % parts:
-            raise ConfigError(f"{size} {what} cannot be divided by {parts} ranks; choose a divisor")
-    if max(model.num_kv_heads, tensor_parallel) % min(model.num_kv_heads, tensor_parallel):
-        raise ConfigError(
-            f"tensor parallelism of {tensor_parallel} neither divides nor is a multiple of {model.num_kv_heads} KV heads"
-        )
-
-
 def _config(folder: Path, dtype: str, tensor_parallel: int, pipeline_parallel: int) -> Config:
     """Only the model and the layout count here; nothing is generated or trained."""
     return Config.model_validate(
         {
             "run": {"folder": folder, "iterations": 1},
             "model": {"folder": folder, "dtype": dtype},
-            "data": {"source": "jsonl", "path": folder},
+            "data": {"source": "jsonl", "path": folder, "max_prompt_tokens": 1},
             "rollout": {"groups_per_iteration": 1, "token_budget": 1, "max_response_tokens": 1},
             "training": {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel},
         }

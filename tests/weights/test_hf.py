@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import config_for, one_rank, perturbed, same_bytes, stored, unset_model
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import DataError
@@ -20,6 +19,7 @@ from megatron_rl.training.packing import plan
 from megatron_rl.types import TrainingSequence
 from megatron_rl.weights import hf
 from megatron_rl.weights.folder import write_model_folder
+from tests.weights.small import config_for, one_rank, perturbed, same_bytes, stored, unset_model
 
 MakeModel = Callable[..., Path]
 
