@@ -129,7 +129,7 @@ class EngineServer:
         while self._engine.weight_version != version:
             if clock.time() > deadline:
                 raise EngineError(
-                    f"engine {self._engine.name}: still at weight version {self._engine.weight_version} after {within_s:.0f} s, "
+                    f"engine {self._engine.name}: still at weight version {self._engine.weight_version} after {within_s:g} s, "
                     f"awaited is {version}; see the log of its rank"
                 )
             await asyncio.sleep(_VERSION_POLL_S)
@@ -179,7 +179,7 @@ class RemoteEngine:
             except (OSError, TimeoutError) as e:
                 if clock.time() + _RETRY_S > deadline:
                     raise EngineError(
-                        f"engine at {host}:{port}: no connection within {connect_s:.0f} s ({e}); see the log of its rank"
+                        f"engine at {host}:{port}: no connection within {connect_s:g} s ({e}); see the log of its rank"
                     ) from e
                 await asyncio.sleep(_RETRY_S)
         engine = cls(f"{host}:{port}", reader, writer, silence_s)
@@ -260,7 +260,7 @@ class RemoteEngine:
             left_s = max(self._last_heard, asked) + self._silence_s - clock.time()
             if left_s <= 0 and answers.empty():
                 raise EngineError(
-                    f"engine {self.name}: silent for {self._silence_s:.0f} s (rollout.request_timeout_s); see the log of its rank"
+                    f"engine {self.name}: silent for {self._silence_s:g} s (rollout.request_timeout_s); see the log of its rank"
                 )
             try:
                 answer = await asyncio.wait_for(answers.get(), max(left_s, 0.001))

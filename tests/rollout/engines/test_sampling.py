@@ -20,7 +20,10 @@ def logits_of(seed: int, rows: int, vocabulary: int, spread: float) -> torch.Ten
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 2**63), vocabulary=st.integers(1, 5 * BLOCK), spread=st.sampled_from([0.0, 0.3, 3.0, 30.0]), data=st.data()
+    seed=st.integers(0, 2**63),
+    vocabulary=st.integers(1, 5 * BLOCK),
+    spread=st.sampled_from([0.0, 0.3, 3.0, 30.0]),
+    data=st.data(),
 )
 def test_pruned_search_finds_the_largest_perturbed_logit(seed, vocabulary, spread, data):
     logits = logits_of(seed % 1000, 6, vocabulary, spread)

@@ -33,7 +33,7 @@ from megatron_rl.rollout.engines.embedded.runner import Runner
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 
 T = TypeVar("T")
-_POLL_S = 5.0  # how often a wait looks whether the worker still moves
+_POLL_S = 5.0  # longest time between two looks whether the worker still moves
 
 
 class EmbeddedEngine:
@@ -60,6 +60,7 @@ class EmbeddedEngine:
         self._identity = identity
         self._kv_age = max_kv_age if kv_policy == "keep" else None
         self._silence_s = silence_s
+        self._poll_s = min(_POLL_S, silence_s)
         with torch.inference_mode():
             self._runner = Runner(model, config, dtype, device)
         self._commands: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
@@ -134,7 +135,7 @@ class EmbeddedEngine:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join, self._silence_s)
         if self._thread.is_alive():
-            raise EngineError(f"engine {self.name}: still busy {self._silence_s:.0f} s after close")
+            raise EngineError(f"engine {self.name}: still busy {self._silence_s:g} s after close")
 
     # Event loop's side ------------------------------------------------------------------------------------------------
 
@@ -148,7 +149,7 @@ class EmbeddedEngine:
     async def _call(self, command: Callable[[], T]) -> T:
         answer = asyncio.wrap_future(self._post(command))
         while not answer.done():
-            await asyncio.wait([answer], timeout=_POLL_S)
+            await asyncio.wait([answer], timeout=self._poll_s)
             if not answer.done():
                 self._check_progress()
         return answer.result()
@@ -156,7 +157,7 @@ class EmbeddedEngine:
     async def _next(self, stream: _Stream) -> Chunk:
         while True:
             try:
-                event = await asyncio.wait_for(stream.events.get(), _POLL_S)
+                event = await asyncio.wait_for(stream.events.get(), self._poll_s)
             except TimeoutError:
                 self._check_progress()
                 continue
@@ -168,7 +169,7 @@ class EmbeddedEngine:
         silence_s = time.monotonic() - self._last_progress
         if silence_s > self._silence_s:
             raise EngineError(
-                f"engine {self.name}: no progress for {silence_s:.0f} s, allowed are {self._silence_s:.0f} "
+                f"engine {self.name}: no progress for {silence_s:.1f} s, allowed are {self._silence_s:g} "
                 "(rollout.request_timeout_s); raise it, or lower rollout.embedded.prefill_tokens so that steps get shorter"
             )
 

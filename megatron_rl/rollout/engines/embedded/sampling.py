@@ -38,7 +38,8 @@ class Draw:
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray]:
     """logits: float32 [rows, vocabulary] -> token ids int32 [rows], log-probs float32 [rows].
 
-    Log-probs are of the full distribution at the sampling temperature (at 1 when greedy), before any truncation."""
+    Log-probs are of the full distribution at the sampling temperature (at 1 when greedy), before any truncation; NaN for
+    a row whose logits are not finite."""
     temperatures = [d.sampling.temperature or 1.0 for d in draws]
     if any(t != 1.0 for t in temperatures):
         logits = logits / torch.tensor(temperatures, device=logits.device)[:, None]
@@ -79,7 +80,7 @@ def _gumbel_max(log_probs: torch.Tensor, keys: torch.Tensor, greedy: torch.Tenso
 
     top = torch.full((rows,), -torch.inf, dtype=torch.float64, device=keys.device)
     top.scatter_reduce_(0, row, value, "amax")
-    winner = torch.full((rows,), vocabulary, dtype=torch.int64, device=keys.device)
+    winner = torch.full((rows,), vocabulary - 1, dtype=torch.int64, device=keys.device)  # stays where logits are NaN
     token = block * BLOCK + inside
     is_top = value == top[row]
     return winner.scatter_reduce_(0, row[is_top], token[is_top], "amin")  # equal scores: the lower id
