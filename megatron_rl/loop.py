@@ -1,0 +1,88 @@
+"""The k1.5 iteration: roll out, score, take advantages, train, publish. Read it beside figure 3 of the paper.
+
+All ranks run this loop together. Rank 0 is also the master (`master.py`): it conducts the rollout phase while the others
+wait for its order (`orders.py`) and serve their engines. What lives as long as the run is built in `run.py`.
+
+Consistency: the batch is recorded in the buffer before its step, so a run killed anywhere continues from its last
+checkpoint by training the recorded batches again, in order, without generating anything twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from megatron_rl.config import Config
+from megatron_rl.orders import Order
+from megatron_rl.run import Run, open_run
+from megatron_rl.types import Group
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> int:
+    """Run to `run.iterations`, or to a SIGTERM. Returns the exit code."""
+    with open_run(config) as run:
+        while True:
+            groups, seconds = _roll_out(run)
+            order = _order(run, groups)
+            if order.stop:
+                break
+            stats = _train(run, groups, seconds) if order.train else {}
+            run.iteration += 1
+            if run.master:
+                run.master.report_iteration(order.iteration, run.version, groups, stats, seconds)
+            if order.save:
+                run.save()
+        if run.iteration > run.saved_iteration:
+            run.save()
+        run.finish()
+    return 0
+
+
+def _roll_out(run: Run) -> tuple[list[Group], dict[str, float]]:
+    """Rank 0: unfinished trajectories first, then fresh prompts, until the phase ends; scored meanwhile."""
+    seconds: dict[str, float] = {}
+    if run.master is None or run.is_over or run.shutdown.requested:
+        return [], seconds
+    with _timed(run, seconds, "rollout"):
+        return run.master.batch(run.iteration, run.version), seconds
+
+
+def _order(run: Run, groups: list[Group]) -> Order:
+    """What all ranks do next; decided by rank 0 alone."""
+    if run.master is None:
+        return run.orders.take()
+    if run.is_over or run.shutdown.requested:
+        return run.orders.give(Order(run.iteration, stop=True))
+    save = (run.iteration + 1) % run.config.run.checkpoint_every == 0
+    return run.orders.give(Order(run.iteration, train=bool(groups), save=save))
+
+
+def _train(run: Run, groups: list[Group], seconds: dict[str, float]) -> dict[str, float]:
+    """The training phase: reference = weights at its start, optimizer state reset, new weights to the engines."""
+    master, trainer = run.master, run.trainer
+    sequences = master.sequences(groups, run.version) if master else None
+    batch = trainer.distribute(sequences)
+    reference = None
+    if run.config.steps_per_iteration > 1:  # with one step the log-ratio is zero, see paper 2.3.2
+        with _timed(run, seconds, "reference"):
+            reference = trainer.log_probs(batch)
+    with _timed(run, seconds, "train"):
+        stats = trainer.step(batch, run.objective, reference)
+    run.check_mismatch(stats)
+    with _timed(run, seconds, "publish"):
+        run.publish(run.version + 1)
+    if master:
+        master.observe(groups)
+    return stats
+
+
+@contextmanager
+def _timed(run: Run, seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    with run.master.phase(phase) if run.master else nullcontext():
+        yield
+    seconds[phase] = time.perf_counter() - start

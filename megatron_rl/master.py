@@ -1,0 +1,182 @@
+"""Rank 0's side of the loop: prompts, engines, rewards and the replay buffer. The only conductor.
+
+It owns the event loop in which engines and reward workers are awaited, and everything that is written: buffer, metrics,
+report. It knows nothing of Megatron.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from megatron_rl.algorithms import advantages
+from megatron_rl.config import Config
+from megatron_rl.data.samplers import make_sampler
+from megatron_rl.data.sources import load_prompts
+from megatron_rl.data.tokenizer import ChatTokenizer
+from megatron_rl.model_config import ModelConfig
+from megatron_rl.report.html import write_report
+from megatron_rl.report.metrics import MetricsLog
+from megatron_rl.report.progress import Progress
+from megatron_rl.rewards.scorer import Scorer
+from megatron_rl.rollout.buffer import ReplayBuffer
+from megatron_rl.rollout.engines.base import Engine
+from megatron_rl.rollout.scheduler import Rollout
+from megatron_rl.rollout.selection import share_without_loss, training_sequences
+from megatron_rl.types import Group, OutcomeKind, TrainingSequence
+
+log = logging.getLogger(__name__)
+
+
+class Master:
+    """Built in two steps, so that bad prompts or rewards are said before a model is loaded: `__init__`, then `start`."""
+
+    def __init__(self, config: Config, model: ModelConfig, run_id: str, runner: asyncio.Runner) -> None:
+        self.config, self.model, self.runner = config, model, runner
+        self.tokenizer = ChatTokenizer.from_folder(config.model.folder)
+        self.prompts = load_prompts(config.data, self.tokenizer)
+        self.scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
+        self.sampler = make_sampler(config.sampler, self.prompts.train, config.run.seed)
+        self.buffer = ReplayBuffer(config.buffer_path, run_id=run_id)
+        self.metrics = MetricsLog(config.run.folder, config.report.tensorboard)
+        self.stopping = False
+
+    def start(self, engines: Sequence[Engine], *, iteration: int, sampler_state: dict | None) -> None:
+        """Continue from `iteration`: the metrics are cut back to it, draws go on where the buffer ends."""
+        config = self.config
+        self.engines = engines
+        if sampler_state is not None:
+            self.sampler.restore(sampler_state, self.buffer.num_drawn)
+        self.metrics.cut_back(iteration)
+        self.progress = Progress(config.run.iterations, iteration)
+        self.rollout = Rollout(self.buffer, engines, self.sampler, self.scorer, self.tokenizer, config, self.model)
+        self.rollout.on_tokens = self._show_tokens
+        last = self.buffer.last_batch_iteration()
+        if last is not None and last >= iteration:
+            log.info("iterations %d to %d are trained again from their recorded batches", iteration, last)
+            if torch.cuda.is_available():  # there a replay is close, not bit-exact: tokens of both lines must be told apart
+                self.buffer.bump_lineage()
+
+    def batch(self, iteration: int, version: int) -> list[Group]:
+        """The batch of an iteration: the recorded one where there is one, else what a rollout phase yields.
+
+        Recorded before it is trained on. An iteration before the last recorded batch that recorded none trained none."""
+        recorded = self.buffer.batch(iteration)
+        last = self.buffer.last_batch_iteration()
+        if recorded is not None:
+            return recorded
+        if last is not None and iteration < last:
+            return []
+        self.sampler.begin(iteration)
+        groups = self.runner.run(self.rollout.run(iteration, version))
+        if groups and not self.stopping:
+            self.buffer.record_batch(iteration, [group.id for group in groups])
+        return groups
+
+    def sequences(self, groups: list[Group], version: int) -> list[list[TrainingSequence]]:
+        """Advantages over whole groups, then one list of sequences for each optimizer step of one epoch."""
+        algorithm, training = self.config.algorithm, self.config.training
+        rewards = torch.tensor([t.outcome.reward for g in groups for t in g.trajectories if t.outcome], dtype=torch.float32)
+        group_ids = torch.tensor([g.id for g in groups for _ in g.trajectories])
+        values = advantages(rewards, group_ids, baseline=algorithm.baseline, tau=algorithm.tau).tolist()
+        minibatches, start = [], 0
+        for part in np.array_split(np.arange(len(groups)), min(training.minibatches, len(groups))):
+            members = [groups[i] for i in part]
+            count = sum(len(g.trajectories) for g in members)
+            part_values, start = values[start : start + count], start + count
+            sequences = training_sequences(members, part_values, loss_segments=algorithm.loss_segments, weight_version=version)
+            if empty := share_without_loss(sequences):
+                log.warning(
+                    "algorithm.loss_segments=%s leaves %.0f %% of the trajectories without loss",
+                    algorithm.loss_segments,
+                    100 * empty,
+                )
+            minibatches.append(sequences)
+        return minibatches
+
+    def observe(self, groups: list[Group]) -> None:
+        """Success rates for the samplers; in the order of the batches, so that a replay repeats them."""
+        for group in groups:
+            self.sampler.observe(group.prompt.id, [bool(t.outcome and t.outcome.correct) for t in group.trajectories])
+
+    def report_iteration(
+        self, iteration: int, version: int, groups: list[Group], stats: dict[str, float], seconds: dict[str, float]
+    ) -> None:
+        """One row of metrics; see `iteration_row`."""
+        row = {
+            **iteration_row(iteration, version, groups),
+            "tokens/generated": self.buffer.generated_tokens(iteration),
+            **{f"trajectories/{state}": count for state, count in self.buffer.counts(iteration).items()},
+            **stats,
+            **{f"time/{phase}_s": seconds.get(phase, 0.0) for phase in ("rollout", "reference", "train", "publish")},
+        }
+        self.metrics.write(row)
+        self.progress.iteration_done(row)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Shows the phase while it lasts."""
+        self.progress.phase(name, groups=self.config.rollout.groups_per_iteration if name == "rollout" else 0)
+        self._shown_tokens = 0
+        yield
+
+    def stop(self) -> None:
+        """Called from a signal handler: end the rollout phase early, its tokens committed."""
+        self.stopping = True
+        self.runner.get_loop().call_soon_threadsafe(self.rollout.stop)
+
+    def finish(self, *, is_over: bool, iteration: int) -> None:
+        """The report, and what to do next."""
+        self.progress.close()
+        self.buffer.check()
+        folder = self.config.run.folder
+        write_report(folder)
+        if is_over:
+            log.info("finished: model in %s, report in %s", folder / "hf", folder / "report.html")
+        else:
+            log.info(
+                "stopped after iteration %d of %d, nothing lost; continue with: megatron-rl train %s",
+                iteration,
+                self.config.run.iterations,
+                folder / "config.yaml",
+            )
+
+    def close(self) -> None:
+        self.progress.close()
+        self.metrics.close()
+        self.runner.run(self.scorer.close())
+        self.buffer.close()
+
+    def _show_tokens(self, tokens: int, complete_groups: int) -> None:
+        self.progress.tokens(tokens - self._shown_tokens)
+        self._shown_tokens = tokens
+
+
+def iteration_row(iteration: int, version: int, groups: list[Group]) -> dict[str, float]:
+    """What a batch says of itself. Rewards and lengths are means over trajectories; staleness is in weight versions,
+    a mean over tokens, counted from the version the batch was trained on."""
+    row: dict[str, float] = {"iteration": iteration, "weight_version": version}
+    trajectories = [t for g in groups for t in g.trajectories]
+    if not trajectories:
+        return row
+    outcomes = [t.outcome for t in trajectories if t.outcome]
+    versions = np.concatenate([t.weight_versions for t in trajectories])
+    mixed = [len({bool(t.outcome and t.outcome.correct) for t in g.trajectories}) > 1 for g in groups]
+    trained_on = version - 1  # the step published `version`
+    return row | {
+        "reward/mean": float(np.mean([o.reward for o in outcomes])),
+        "reward/correct": float(np.mean([o.correct for o in outcomes])),
+        "reward/wrong_format": float(np.mean([o.kind is OutcomeKind.WRONG_FORMAT for o in outcomes])),
+        "groups/trained": len(groups),
+        "groups/mixed": float(np.mean(mixed)),
+        "length/mean": float(np.mean([t.num_tokens for t in trajectories])),
+        "length/max": float(max(t.num_tokens for t in trajectories)),
+        "segments/mean": float(np.mean([len(t.segments) for t in trajectories])),
+        "staleness/mean": float(np.mean(trained_on - versions)) if len(versions) else 0.0,
+        "staleness/mixed_versions": float(np.mean([len(np.unique(t.weight_versions)) > 1 for t in trajectories])),
+    }

@@ -1,0 +1,125 @@
+"""What lives as long as a run, on every rank: process groups, trainer, engine, orders; on rank 0 the master.
+
+`open_run` builds it in the order in which mistakes are cheap: settings, model shape, prompts and rewards, then the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_rl.algorithms import MirrorDescent, Objective
+from megatron_rl.config import Config, check_model, check_world
+from megatron_rl.errors import EngineError
+from megatron_rl.master import Master
+from megatron_rl.model_config import ModelConfig
+from megatron_rl.orders import Orders
+from megatron_rl.rollout.engines.embedded.engine import EmbeddedEngine
+from megatron_rl.run_folder import open_folder
+from megatron_rl.serving import Serving
+from megatron_rl.shutdown import Shutdown
+from megatron_rl.training import checkpoint, parallel
+from megatron_rl.training.trainer import Trainer
+from megatron_rl.weights.folder import write_model_folder
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """State of the loop. `iteration` is the next one to do, `version` the weights the engines hold."""
+
+    def __init__(self, config: Config, trainer: Trainer, serving: Serving, orders: Orders, master: Master | None) -> None:
+        self.config, self.trainer, self.serving, self.orders, self.master = config, trainer, serving, orders, master
+        self.objective: Objective = MirrorDescent(tau=config.algorithm.tau, level=config.algorithm.level)
+        self.iteration = self.version = self.saved_iteration = 0
+        self.shutdown = Shutdown(config.run.shutdown_s, master.stop if master else _nothing)
+
+    @property
+    def is_over(self) -> bool:
+        return self.iteration >= self.config.run.iterations
+
+    def resume(self) -> dict[str, Any] | None:
+        """Load the newest checkpoint, else the model folder. Returns the sampler's state, if any."""
+        newest = checkpoint.latest(self.config.run.folder)
+        if newest is None:
+            self.trainer.load_hf(self.config.model.folder)
+            return None
+        extra = checkpoint.load(self.trainer, newest)
+        self.iteration = self.saved_iteration = extra["iteration"]
+        self.version = extra["version"]
+        log.info("resuming from %s: iteration %d, weight version %d", newest, self.iteration, self.version)
+        return extra["sampler"]
+
+    def publish(self, version: int) -> None:
+        """Give the trainer's weights to every engine. Collective; no request runs anywhere meanwhile."""
+        self.serving.load_weights(self.trainer.export_buckets(self.config.weights.bucket_bytes), version)
+        self.version = version
+
+    def save(self) -> None:
+        """Checkpoint at an iteration boundary: a position in the buffer's log. Collective."""
+        extra = {
+            "iteration": self.iteration,
+            "version": self.version,
+            "sampler": self.master.sampler.state() if self.master else None,
+        }
+        checkpoint.save(self.trainer, self.config.run.folder, self.iteration, extra, keep=self.config.run.keep_checkpoints)
+        self.saved_iteration = self.iteration
+
+    def check_mismatch(self, stats: dict[str, float]) -> None:
+        """Engine and trainer must agree on tokens sampled from the very weights the trainer held."""
+        found, bound = stats["mismatch/logp_abs_mean"], self.config.weights.mismatch_bound
+        if found > bound:
+            raise EngineError(
+                f"mismatch/logp_abs_mean={found:.4f} at iteration {self.iteration} is above weights.mismatch_bound={bound}: the "
+                "engines do not hold the trainer's weights, or compute them differently; "
+                "see `megatron-rl doctor`, and export the checkpoint to compare"
+            )
+
+    def finish(self) -> None:
+        """After the last iteration the model is exported; always the report and, if unfinished, the command that resumes."""
+        if self.is_over:
+            write_model_folder(
+                self.trainer.export_buckets(self.config.weights.bucket_bytes),
+                self.config.run.folder / "hf",
+                source=self.config.model.folder,
+                write=self.master is not None,
+            )
+        if self.master:
+            self.master.finish(is_over=self.is_over, iteration=self.iteration)
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Build everything, resume if there is something to resume, publish the weights; close all on the way out."""
+    model = ModelConfig.from_folder(config.model.folder)
+    check_model(config, model)
+    ranks = parallel.initialize(config)
+    check_world(config, ranks.world_size)
+    with ExitStack() as stack:
+        stack.callback(parallel.shutdown)
+        runner = stack.enter_context(asyncio.Runner())
+        master = None
+        if ranks.rank == 0:
+            master = Master(config, model, open_folder(config), runner)
+            stack.callback(master.close)
+        trainer = Trainer(config, model)
+        serving = Serving(config, model, ranks, runner)
+        stack.callback(serving.close)
+        orders = Orders(ranks.rank, ranks.world_size, host=ranks.master_host, timeout_s=config.rollout.phase_timeout_s)
+        run = Run(config, trainer, serving, orders, master)
+        stack.callback(run.shutdown.close)
+        sampler_state = run.resume()
+        run.publish(run.version)
+        if master:
+            master.start(serving.engines, iteration=run.iteration, sampler_state=sampler_state)
+        yield run
+
+
+def _nothing() -> None:
+    """Other ranks act on rank 0's orders; the signal only starts their deadline."""

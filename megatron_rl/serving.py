@@ -1,0 +1,134 @@
+"""Which ranks generate, and how rank 0 reaches their engines.
+
+Each serving rank holds one full copy of the model in its own process. Rank 0 calls its own engine directly and the
+others over a socket (`rollout/engines/remote.py`), which a thread of the other rank serves while its main thread waits
+for orders. Weights never travel over that socket: publishing is collective and every serving rank copies the same buckets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_rl.config import Config
+from megatron_rl.errors import EngineError
+from megatron_rl.model_config import ModelConfig
+from megatron_rl.rollout.engines.base import Engine
+from megatron_rl.rollout.engines.embedded.engine import EmbeddedEngine
+from megatron_rl.rollout.engines.remote import RemoteEngine, serve
+from megatron_rl.training import cpu
+from megatron_rl.training.model import DTYPES
+from megatron_rl.training.parallel import Launch
+
+T = TypeVar("T")
+
+
+class Serving:
+    """`engines` are all of them, on rank 0 only; `local` is this rank's, if it serves. Collective to build and to load."""
+
+    def __init__(self, config: Config, model: ModelConfig, launch: Launch, runner: asyncio.Runner) -> None:
+        self._runner = runner
+        self.local: EmbeddedEngine | None = None
+        self._server: _ServerThread | None = None
+        hosts = _gathered(socket.gethostname())
+        if launch.rank in serving_ranks(config, _gathered(_is_replica_head())):
+            self.local = embedded_engine(config, model, name=f"embedded-{launch.rank}")
+            if launch.rank != 0:
+                self._server = _ServerThread(self.local, "127.0.0.1" if len(set(hosts)) == 1 else hosts[launch.rank])
+        addresses = _gathered(self._server.address if self._server else None)
+        self._remote: list[RemoteEngine] = []
+        if launch.rank == 0:
+            silence_s = config.rollout.request_timeout_s
+            found = [address for address in addresses if address is not None]
+            self._remote = [runner.run(RemoteEngine.connect(*address, silence_s=silence_s)) for address in found]
+        self.engines: list[Engine] = [*([self.local] if self.local else []), *self._remote]
+
+    def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
+        """Collective through `buckets`, so iterated in this thread: a rank without an engine drains them. On rank 0 it
+        returns when every engine has reached `version`."""
+        if self.local:
+            self._runner.run(self.local.load_weights(buckets, version))
+        else:
+            for _ in buckets:
+                pass
+        for engine in self._remote:
+            self._runner.run(engine.load_weights((), version))
+
+    def close(self) -> None:
+        for engine in self._remote:
+            self._runner.run(engine.close())
+        if self._server:
+            self._server.close()
+        if self.local:
+            self._runner.run(self.local.close())
+
+
+def serving_ranks(config: Config, is_replica_head: Sequence[bool]) -> list[int]:
+    """`rollout.embedded.ranks` ranks, by default one for each data-parallel replica: its first rank. More are taken in order."""
+    heads = [rank for rank, head in enumerate(is_replica_head) if head]
+    others = [rank for rank, head in enumerate(is_replica_head) if not head]
+    return (heads + others)[: config.rollout.embedded.ranks or len(heads)]
+
+
+def embedded_engine(config: Config, model: ModelConfig, *, name: str) -> EmbeddedEngine:
+    """An engine on this rank's device, without weights yet."""
+    return EmbeddedEngine(
+        model,
+        config=config.rollout.embedded,
+        dtype=DTYPES[config.model.dtype],
+        device=cpu.device(),
+        kv_policy=config.rollout.kv_policy,
+        max_kv_age=config.rollout.max_kv_age,
+        name=name,
+        silence_s=config.rollout.request_timeout_s,
+    )
+
+
+class _ServerThread:
+    """Serves one engine from an event loop of its own until closed."""
+
+    def __init__(self, engine: EmbeddedEngine, host: str) -> None:
+        self._started: Future[int] = Future()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(engine, host),), daemon=True)
+        self._thread.start()
+        self.address = (host, self._started.result())
+
+    async def _serve(self, engine: EmbeddedEngine, host: str) -> None:
+        try:
+            server = await serve(engine, host=host, port=0)
+        except EngineError as e:
+            self._started.set_exception(e)  # raised where the rank waits for the address
+            return
+        self._started.set_result(server.port)
+        await self._stop.wait()
+        await server.close()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._loop.close()
+
+
+def _is_replica_head() -> bool:
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+        and parallel_state.get_pipeline_model_parallel_rank() == 0
+    )
+
+
+def _gathered(value: T) -> list[T]:
+    """Collective: every rank's value."""
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
