@@ -77,7 +77,7 @@ def mirror_descent(
     mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask.to(log_probs.dtype)
     advantage = advantages(rewards, group_ids, baseline=baseline, tau=tau).to(log_probs.dtype)
     ratios = (log_probs - reference_log_probs.detach()) * mask
-    zeros = torch.zeros(len(rewards), dtype=log_probs.dtype)
+    zeros = log_probs.new_zeros(len(rewards))
     log_pi = zeros.index_add(0, sequence_ids, log_probs * mask)
     rho = zeros.index_add(0, sequence_ids, ratios)
     penalty = rho**2 if level == "sequence" else zeros.index_add(0, sequence_ids, ratios**2)
