@@ -55,8 +55,6 @@ def export(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (Hugging Face name, full tensor) in one fixed order, in the model's dtype, on its device. Collective.
 
     All ranks must iterate to the end, in step. A tensor may be a view of the live weights: copy what is to be kept."""
-    if not chunks:
-        return
     model = chunks[0].model_config
     gatherer = _Gatherer(chunks)
     for parameter in parameters(model):
@@ -77,11 +75,13 @@ def export(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.Tensor]]:
 def export_buckets(chunks: Sequence[PolicyModel], bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """`export` in lists of at most `bucket_bytes`; a larger tensor has a bucket of its own. Collective.
 
-    A bucket is let go before the next one is gathered: keep no reference to it."""
+    A bucket is emptied when the next one is asked for: take what is to be kept out of it before."""
     tensors = export(chunks)
-    element = torch.empty((), dtype=chunks[0].config.params_dtype).element_size()
-    for count in plan_buckets([t for p in parameters(chunks[0].model_config) for t in p.tensors], element, bucket_bytes):
-        yield [next(tensors) for _ in range(count)]
+    plan = [t for p in parameters(chunks[0].model_config) for t in p.tensors]
+    for count in plan_buckets(plan, chunks[0].config.params_dtype.itemsize, bucket_bytes):
+        bucket = [next(tensors) for _ in range(count)]
+        yield bucket
+        bucket.clear()  # the caller's loop still names it while the next one is gathered
     assert next(tensors, None) is None, "the bucket plan left tensors out"
 
 

@@ -1,6 +1,6 @@
 """Two ranks that save, load and export under every layout: `python -m tests.distributed.checkpoint_ranks FOLDER`.
 
-Forked after the imports, as in `launch.py`. What they find goes to FOLDER/results.pt, judged by `test_checkpoint.py`.
+Forked after the imports, as in `launch.py`. What they find goes to FOLDER/results.pt, judged by `test_checkpoint_layouts.py`.
 """
 
 from __future__ import annotations

@@ -123,6 +123,20 @@ def test_one_rank_exports_views_and_copies_only_the_fused_projection(make_model:
     assert copied and all(name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in copied)
 
 
+def test_buckets_hold_what_export_gives_and_are_emptied_when_the_next_is_asked_for(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = perturbed(make_model, tmp_path, "qwen3")
+    chunks = unset_model(folder)
+    hf.load(chunks, folder)
+    found, before = [], None
+    for bucket in hf.export_buckets(chunks, 10_000):
+        assert not before, "the bucket before still holds its tensors"
+        assert len(bucket) == 1 or sum(tensor.nbytes for _, tensor in bucket) <= 10_000
+        found += bucket
+        before = bucket
+    assert [name for name, _ in found] == [name for name, _ in hf.export(chunks)]
+    assert same_bytes(dict(found), stored(folder))
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
