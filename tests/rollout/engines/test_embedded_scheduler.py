@@ -116,6 +116,20 @@ def test_the_youngest_gives_way_and_the_oldest_never_does():
     assert order == [0, 1]
 
 
+def test_a_trajectory_that_goes_on_from_within_a_shared_page_gets_its_own_copy():
+    scheduler, cache = make(200)
+    for trajectory in group(2, 9, max_new_tokens=1):
+        scheduler.add(trajectory)
+    while scheduler.has_work:
+        cache.step(lambda t: 7)
+    shared = scheduler.retained[1].pages[1]
+    assert scheduler.retained[0].pages[1] == shared
+    scheduler.add(Running.of(request(0, [*prompt(0, 9)[:6], 5, 5, 5], 1, kv_key="g"), 100))
+    cache.step(lambda t: 7)
+    assert scheduler.retained[0].pages[0] == scheduler.retained[1].pages[0]
+    assert scheduler.retained[0].pages[1] != shared == scheduler.retained[1].pages[1]
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_mix_of_requests_aborts_and_new_weights_ends_without_leak_or_wrong_kv(data):
@@ -136,6 +150,8 @@ def test_any_mix_of_requests_aborts_and_new_weights_ends_without_leak_or_wrong_k
             if any(t.request.trajectory_id == identity for t in (*scheduler.running, *scheduler.waiting)):
                 continue
             context = contexts.setdefault(identity, prompt(identity % 2, int(random.integers(1, 14))))
+            if random.random() < 0.2:
+                context = [*context[: random.integers(0, len(context))], 0]  # goes on from earlier, another way
             room = num_usable * PAGE_SIZE - len(context)
             if room < 1:
                 continue
