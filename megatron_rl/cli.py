@@ -1,0 +1,235 @@
+"""The command `megatron-rl`. It reads arguments and says errors; what a command does is written where it belongs.
+
+torch and Megatron are imported inside the commands that need them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
+
+from megatron_rl import config as configuration
+from megatron_rl.config import Config
+from megatron_rl.errors import ConfigError, MegatronRLError
+
+HELP_WIDTH = 130  # of the settings where the output is no terminal
+
+app = typer.Typer(
+    help="Reinforcement learning of language models with partial rollouts: Kimi k1.5 on Megatron-Core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # our own bugs show a plain traceback
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="OVERRIDES", help="settings that replace the file's: section.key=value")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+
+
+class Split(StrEnum):
+    HELD_OUT = "held_out"
+    TRAIN = "train"
+
+
+class Moment(StrEnum):
+    BEFORE = "before"
+    AFTER = "after"
+
+
+class Form(StrEnum):
+    HF = "hf"
+    MEGATRON = "megatron"
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class SettingsCommand(TyperCommand):
+    """A command whose help ends with every setting of the config file."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        console = Console()
+        if not console.is_terminal:
+            console.width = HELP_WIDTH
+        console.print(
+            "[bold]Settings[/] of the config file, with units in brackets. [bold]ours[/]: the paper leaves the default open."
+        )
+        console.print(settings_table())
+
+
+@app.command(cls=SettingsCommand)
+def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train as CONFIG says; a run that was interrupted goes on where it stopped."""
+    settings = configuration.load(config, overrides)
+    _start_logging()
+    from megatron_rl.loop import train as run
+
+    try:
+        code = run(settings)
+    except KeyboardInterrupt as e:
+        rich.print("interrupted; the same command goes on from the last checkpoint and loses no finished token", file=sys.stderr)
+        raise typer.Exit(130) from e
+    raise typer.Exit(code)
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
+    split: Annotated[Split, typer.Option(help="prompts to answer")] = Split.HELD_OUT,
+    sampled: Annotated[bool, typer.Option("--sampled", help="sample at rollout.temperature instead of greedily")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="responses for each prompt")] = 1,
+    record: Annotated[
+        Moment | None, typer.Option(help="also put the result into the run's evaluation.json, which its report shows")
+    ] = None,
+) -> None:
+    """Score a model on the prompts that training never draws; prints one JSON object."""
+    settings = configuration.load(config, overrides)
+    _start_logging()
+    from megatron_rl.evaluate import evaluate as score
+
+    result = score(settings, model or settings.model.folder, split=split.value, greedy=not sampled, samples=samples)
+    typer.echo(json.dumps(result, indent=2))
+    if record:
+        from megatron_rl.report.evaluation import record_evaluation
+
+        settings.run.folder.mkdir(parents=True, exist_ok=True)
+        record_evaluation(settings.run.folder, record.value, result)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Hugging Face folder, or Megatron distributed checkpoint")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="folder to write; must not exist")],
+    to: Annotated[Form, typer.Option(help="form of TARGET")],
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks that share each layer while converting")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(min=1, help="ranks in a row while converting")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="of a Hugging Face TARGET; a checkpoint always holds float32")] = Dtype.BFLOAT16,
+) -> None:
+    """Convert between a Hugging Face model folder and a Megatron distributed checkpoint."""
+    _start_logging()
+    from megatron_rl.weights.convert import convert as write
+
+    write(source, target, to=to.value, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, dtype=dtype.value)
+
+
+@app.command()
+def inspect(
+    run: RunArgument,
+    trajectory: Annotated[int | None, typer.Option(metavar="ID", help="show this trajectory with its segments")] = None,
+    group: Annotated[int | None, typer.Option(metavar="ID", help="show this group and its members")] = None,
+) -> None:
+    """Look into a run: conservation table and last iterations, or one group or trajectory."""
+    from megatron_rl.report.inspect import show_group, show_run, show_trajectory
+
+    if trajectory is not None and group is not None:
+        raise ConfigError("--trajectory and --group: give one of them")
+    console = _wide_console()
+    if trajectory is not None:
+        show_trajectory(run, trajectory, console)
+    elif group is not None:
+        show_group(run, group, console)
+    else:
+        show_run(run, console)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write RUN/report.html anew, also while the run goes on."""
+    from megatron_rl.report.html import write_report
+
+    typer.echo(str(write_report(run)))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="also check this config and what it points at")
+    ] = None,
+    overrides: OverridesArgument = None,
+) -> None:
+    """Say what this machine has and lacks for a run; exit code 1 when something required is missing."""
+    from megatron_rl.doctor import State, examine, show
+
+    findings = examine(config, overrides)
+    show(findings, _wide_console())
+    raise typer.Exit(1 if any(f.state is State.MISSING for f in findings) else 0)
+
+
+def settings_table() -> Table:
+    """Every setting: dotted key, default, `ours`, what it is."""
+    table = Table("setting", "default", "", "", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    section = ""
+    for key, info in configuration.iter_settings(Config):
+        if key.split(".")[0] != section:
+            section = key.split(".")[0]
+            table.add_row(
+                Text(f"\n{section}:", style="bold cyan"), "", "", Text(f"\n{Config.model_fields[section].description or ''}")
+            )
+        default = (
+            Text("required", style="bold") if info.is_required() else Text(_shown(info.get_default(call_default_factory=True)))
+        )
+        ours = Text("ours", style="dim") if info.json_schema_extra["ours"] else ""
+        table.add_row(Text(f"  {key}"), default, ours, Text(f"{info.description or ''}{_choices(info.annotation)}"))
+    return table
+
+
+def main() -> None:
+    """Entry point. An error that a user can repair is one line on stderr and exit code 2; a bug is a traceback."""
+    try:
+        app()
+    except MegatronRLError as e:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {e}", style="red"))
+        sys.exit(2)
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple):
+        return str(list(default))
+    return str(default)
+
+
+def _choices(annotation: Any) -> str:
+    names = [name for name in getattr(annotation, "__args__", ()) if isinstance(name, str)]
+    return f" ({' | '.join(names)})" if names else ""
+
+
+def _start_logging() -> None:
+    """To stderr; in a terminal through the console of the progress line, so that the two do not overwrite each other."""
+    console = rich.get_console()
+    handler: logging.Handler = logging.StreamHandler()
+    pattern = "%(asctime)s %(levelname)s %(message)s"
+    if console.is_terminal:
+        handler, pattern = RichHandler(console=console, show_path=False, highlighter=None), "%(message)s"
+    logging.basicConfig(level=logging.INFO, format=pattern, handlers=[handler])
+
+
+def _wide_console() -> Console:
+    """For tables; a pipe or file has no width of its own."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = HELP_WIDTH
+    return console

@@ -1,0 +1,43 @@
+"""`evaluation.json` of a run folder: what the held-out prompts said of the model before and after training.
+
+`{"before": {...}, "after": {...}}`, each the result of one greedy evaluation, with `sampled_mean`, `sampled_low` and
+`sampled_high` from a sampled one. How they are measured: `megatron_rl/evaluate.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.errors import DataError
+from megatron_rl.run_folder import write_atomically
+
+FILE_NAME = "evaluation.json"
+MOMENTS = ("before", "after")
+
+
+def read_evaluation(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """Empty when nothing was evaluated. Raises DataError for a file of another form."""
+    path = Path(folder) / FILE_NAME
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise DataError(f"{path}: not valid JSON ({e}); evaluate again, or remove the file") from e
+    if not isinstance(found, dict) or not all(isinstance(result, dict) for result in found.values()):
+        raise DataError(f"{path}: expected an object with `before` and `after`; evaluate again, or remove the file")
+    return {moment: found[moment] for moment in MOMENTS if moment in found}
+
+
+def record_evaluation(folder: str | Path, moment: str, result: Mapping[str, Any]) -> None:
+    """Add one result under `before` or `after`; a sampled one joins the greedy one of the same moment."""
+    results = read_evaluation(folder)
+    if result["greedy"]:
+        entry = {**results.get(moment, {}), **result}
+    else:
+        sampled = {f"sampled_{key}": result[key] for key in ("mean", "low", "high", "samples")}
+        entry = {"model": result["model"], "n": result["n"], **results.get(moment, {}), **sampled}
+    write_atomically(Path(folder) / FILE_NAME, json.dumps({**results, moment: entry}, indent=2) + "\n")

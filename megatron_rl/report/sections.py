@@ -1,0 +1,297 @@
+"""The cards of report.html, one function each: what of a run is charted, and how it is explained.
+
+Each takes the whole RunData and returns markup; a card whose numbers are absent says so. Drawing: `charts.py`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from html import escape
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from megatron_rl import config as configuration
+from megatron_rl.config import Config
+from megatron_rl.report import charts
+from megatron_rl.report.charts import Line, number
+from megatron_rl.report.run_data import RunData, Trained
+from megatron_rl.types import DropReason, Ending
+
+PHASES = {"rollout": 0, "reward": 4, "reference": 5, "train": 1, "publish": 3, "checkpoint": 7}  # name -> colour
+ENDINGS = {Ending.STOP: 2, Ending.LENGTH: 4, Ending.BUDGET: 0, Ending.REPEAT: 6, Ending.ABORT: 7}
+CHARTED = ("reward/", "length/mean", "tokens/", "trajectories/", "time/", "staleness/", "mismatch/", "drift/")
+MAX_CATEGORIES = 12  # of one tag; a tag with more values names prompts rather than sorts them
+
+
+def reward_card(run: RunData) -> str:
+    names = [("reward/mean", "reward", 0), ("reward/correct", "correctness", 2)]
+    about = "Mean of each iteration's batch; a response is correct at a full score only."
+    if _column(run, "reward/mean") == _column(run, "reward/correct"):
+        names, about = [("reward/correct", "reward = correctness", 0)], "Mean of each iteration's batch."
+    return _card("Reward and correctness", about, *_averaged(run, names))
+
+
+def length_card(run: RunData) -> str:
+    return _card(
+        "Response length",
+        "Tokens of a whole response, mean of the batch.",
+        *_averaged(run, (("length/mean", "tokens", 3),), floor=0.0),
+    )
+
+
+def phases_card(run: RunData) -> str:
+    found = {key.removeprefix("time/").removesuffix("_s") for row in run.rows for key in row if key.startswith("time/")}
+    names = [name for name in PHASES if name in found] + sorted(found - set(PHASES))
+    layers = {name: _column(run, f"time/{name}_s") for name in names}
+    colours = [PHASES.get(name, 6) for name in names]
+    chart = charts.stacked_bars(_iterations(run), layers, "s", colours=colours)
+    marks = charts.legend([(name, f"b{colour}") for name, colour in zip(names, colours, strict=True)])
+    return _card("Time of each phase", "Seconds of an iteration.", chart, marks)
+
+
+def tokens_card(run: RunData) -> str:
+    lines = [Line("generated", _column(run, "tokens/generated"), 0), Line("trained on", _column(run, "tokens/trained"), 1)]
+    return _card(
+        "Tokens",
+        "Generated in an iteration, and trained on; partial rollouts carry the difference over.",
+        charts.line_chart(_iterations(run), lines, floor=0.0),
+        _marks(lines),
+    )
+
+
+def endings_card(run: RunData) -> str:
+    xs = sorted(run.endings)
+    layers = {str(e): [float(run.endings[i].get(e, 0)) for i in xs] for e in ENDINGS}
+    chart = charts.stacked_bars(xs, layers, "segments", colours=list(ENDINGS.values()))
+    marks = charts.legend([(str(e), f"b{colour}") for e, colour in ENDINGS.items()])
+    return _card("How segments ended", "Segments of each iteration; budget and abort are continued later.", chart, marks)
+
+
+def staleness_card(run: RunData) -> str:
+    lines = _present([Line("mean", _column(run, "staleness/mean"), 5), Line("largest", _column(run, "staleness/max"), 6)])
+    return _card(
+        "Staleness",
+        "Weight versions between a trained token and the weights it trained.",
+        charts.line_chart(_iterations(run), lines, floor=0.0),
+        _marks(lines),
+    )
+
+
+def mismatch_card(run: RunData) -> str:
+    lines = _present(
+        [
+            Line("mismatch: current version", _column(run, "mismatch/logp_abs_mean"), 1),
+            Line("drift: older versions", _column(run, "drift/logp_abs_mean"), 0),
+        ]
+    )
+    return _card(
+        "Engine and trainer",
+        "Mean |difference| of their log-probs, over tokens of the current version and of older ones.",
+        charts.line_chart(_iterations(run), lines, floor=0.0),
+        _marks(lines),
+    )
+
+
+def success_card(run: RunData) -> str:
+    early, late = quarters(run)
+    rows = [
+        (
+            f"{key}: {value}",
+            _correctness(early, belongs),
+            _correctness(late, belongs),
+            f"{sum(map(belongs, run.trained))} trajectories",
+        )
+        for key, value, belongs in categories(run.trained)
+    ]
+    if not rows:
+        return _card("Success by difficulty and tag", "", '<p class="nothing">the prompts carry neither difficulty nor tags</p>')
+    chart = charts.dumbbells(rows, "first quarter", "last quarter")
+    marks = charts.legend([("first quarter of the iterations", "ring"), ("last quarter", "b0")])
+    return _card("Success by difficulty and tag", "Correctness of the trained trajectories.", chart, marks)
+
+
+def conservation_card(run: RunData) -> str:
+    count = {term.name: term.count for term in run.terms}
+    dropped = [(f"dropped: {reason}", count[f"dropped: {reason}"]) for reason in DropReason]
+    parts = [("trained", count["trained"], 2), ("waiting", count["waiting"], 4)]
+    parts += [(name, value, 6) for name, value in dropped]
+    total = count["trained"] + count["waiting"] + sum(value for _, value in dropped)
+    sums = [
+        ("drawn = trained + waiting + dropped", count["drawn"], total),
+        ("made by engines = kept + cut", count["made by engines"], count["kept"] + count["cut after repetition"]),
+    ]
+    verdicts = "".join(
+        f'<tr><td>{law}</td><td class="n">{left:,} {"=" if left == right else "≠"} {right:,}</td>'
+        f"<td>{_verdict(left == right)}</td></tr>"
+        for law, left, right in sums
+    )
+    rows = "".join(f'<tr><td>{escape(t.name)}</td><td class="n">{t.count:,}</td><td>{t.unit}</td></tr>' for t in run.terms)
+    return _card(
+        "Conservation",
+        "What became of everything drawn and generated; each line is counted from its own rows of the replay buffer.",
+        charts.share_bar(parts),
+        f"<table>{rows}{verdicts}</table>",
+    )
+
+
+def evaluation_card(run: RunData) -> str:
+    if not run.evaluation:
+        return ""
+    rows = "".join(_evaluated(moment, result) for moment, result in run.evaluation.items())
+    before, after = run.evaluation.get("before", {}), run.evaluation.get("after", {})
+    if before.get("mean") is not None and after.get("mean") is not None:
+        gain = after["mean"] - before["mean"]
+        rows += f'<tr><td>gain</td><td class="n"><b class="{_direction(gain)}">{gain:+.3f}</b></td><td colspan="6"></td></tr>'
+    return _card(
+        "Held-out prompts, before and after",
+        "Never drawn in training. Correctness with its 95 % bootstrap interval over prompts.",
+        '<div class="scroll"><table><tr><th></th><th class="n">correct</th><th></th><th class="n">interval</th><th>answers</th>'
+        f'<th class="n">sampled</th><th class="n">prompts</th><th>model</th></tr>{rows}</table></div>',
+        wide=True,
+    )
+
+
+def others_card(run: RunData) -> str:
+    """Every further metric as a small chart."""
+    keys = sorted({key for row in run.rows for key in row if not key.startswith(CHARTED)} - {"iteration", "weight_version"})
+    xs = _iterations(run)
+    small = "".join(
+        f"<div><h3>{escape(key)}</h3>{charts.line_chart(xs, [Line(key, _column(run, key), i % 7)], height=130)}</div>"
+        for i, key in enumerate(keys)
+    )
+    if not keys:
+        return ""
+    return f'<section class="card wide"><h2>Further metrics</h2><div class="grid2">{small}</div></section>'
+
+
+def config_card(run: RunData) -> str:
+    """The settings that were chosen, then all of them."""
+    rows = "".join(
+        f"<tr><td><code>{escape(key)}</code></td><td><code>{escape(str(value))}</code></td></tr>"
+        for key, value in chosen_settings(run.config)
+    )
+    everything = escape(configuration.dump(run.config))
+    return _card(
+        "Configuration",
+        "Settings that differ from their defaults.",
+        f'<div class="scroll"><table class="settings">{rows}</table></div>',
+        f"<details><summary>all settings</summary><pre>{everything}</pre></details>",
+    )
+
+
+def chosen_settings(config: Config) -> list[tuple[str, str]]:
+    """(dotted key, value as YAML on one line) of every setting that is required or not at its default."""
+    tree = config.model_dump(mode="json")
+    chosen = []
+    for key, info in configuration.iter_settings(Config):
+        found: Any = config
+        plain: Any = tree
+        for part in key.split("."):
+            found, plain = getattr(found, part), plain[part]
+        if info.is_required() or found != info.get_default(call_default_factory=True):
+            text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n").strip()
+            chosen.append((key, text))
+    return chosen
+
+
+def quarters(run: RunData) -> tuple[list[Trained], list[Trained]]:
+    """Trajectories trained in the first and in the last quarter of the iterations that trained."""
+    iterations = sorted({t.iteration for t in run.trained})
+    size = max(1, len(iterations) // 4)
+    first, last = set(iterations[:size]), set(iterations[-size:])
+    return [t for t in run.trained if t.iteration in first], [t for t in run.trained if t.iteration in last]
+
+
+def categories(trained: Sequence[Trained]) -> list[tuple[str, str, Callable[[Trained], bool]]]:
+    """(tag, value, does it belong) for difficulty in fifths and every tag that sorts the prompts into a few classes."""
+    found: list[tuple[str, str, Callable[[Trained], bool]]] = []
+    fifths = sorted({_fifth(t.difficulty) for t in trained if t.difficulty is not None})
+    for fifth in fifths:
+        name = f"{fifth / 5:.1f} to {(fifth + 1) / 5:.1f}"
+        found.append(("pass rate", name, partial(_has_fifth, fifth)))
+    values: dict[str, set[str]] = defaultdict(set)
+    for t in trained:
+        for key, value in t.tags.items():
+            values[key].add(value)
+    for key in sorted(values):
+        if len(values[key]) <= MAX_CATEGORIES:
+            found += [(key, value, partial(_has_tag, key, value)) for value in sorted(values[key])]
+    return found
+
+
+def _fifth(pass_rate: float) -> int:
+    return min(4, int(pass_rate * 5))
+
+
+def _has_fifth(fifth: int, trajectory: Trained) -> bool:
+    return trajectory.difficulty is not None and _fifth(trajectory.difficulty) == fifth
+
+
+def _has_tag(key: str, value: str, trajectory: Trained) -> bool:
+    return trajectory.tags.get(key) == value
+
+
+def _correctness(trained: Iterable[Trained], belongs: Callable[[Trained], bool]) -> float | None:
+    values = [t.correct for t in trained if belongs(t)]
+    return fmean(values) if values else None
+
+
+def _averaged(run: RunData, names: Sequence[tuple[str, str, int]], floor: float | None = None) -> tuple[str, str]:
+    """(chart, legend) of metrics as (key, name, colour): raw values behind their moving averages."""
+    window = max(3, min(20, len(run.rows) // 10))
+    raw, smooth = [], []
+    for key, name, colour in names:
+        values = _column(run, key)
+        raw.append(Line(name, values, colour, faint=True))
+        smooth.append(Line(f"{name}, mean of {window}", charts.moving_average(values, window), colour))
+    return charts.line_chart(_iterations(run), [*raw, *smooth], floor=floor), _marks(smooth)
+
+
+def _evaluated(moment: str, result: dict[str, Any]) -> str:
+    mean, low, high = (result.get(key) for key in ("mean", "low", "high"))
+    sampled = result.get("sampled_mean")
+    drawn = charts.interval(mean, low, high) if mean is not None and low is not None and high is not None else ""
+    bounds = f"{low:.3f} – {high:.3f}" if low is not None and high is not None else "–"
+    return (
+        f'<tr><td>{moment}</td><td class="n"><b>{_fixed(mean)}</b></td><td>{drawn}</td><td class="n">{bounds}</td>'
+        f"<td>{'greedy' if result.get('greedy') else 'sampled'}</td>"
+        f'<td class="n">{_fixed(sampled)}</td><td class="n">{number(result.get("n"))}</td>'
+        f"<td><code>{escape(str(result.get('model', '–')))}</code></td></tr>"
+    )
+
+
+def _fixed(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _verdict(holds: bool) -> str:
+    return '<span class="chip up">holds</span>' if holds else '<span class="chip down">broken</span>'
+
+
+def _direction(change: float) -> str:
+    return "up" if change > 0 else "down" if change < 0 else ""
+
+
+def _present(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if any(v is not None for v in line.values)]
+
+
+def _marks(lines: Sequence[Line]) -> str:
+    return charts.legend([(line.name, f"b{line.colour}") for line in lines]) if lines else ""
+
+
+def _iterations(run: RunData) -> list[int]:
+    return [row["iteration"] for row in run.rows]
+
+
+def _column(run: RunData, key: str) -> list[float | None]:
+    return [row.get(key) for row in run.rows]
+
+
+def _card(title: str, note: str, *body: str, wide: bool = False) -> str:
+    about = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f'<section class="card{" wide" if wide else ""}"><h2>{escape(title)}</h2>{about}{"".join(body)}</section>'

@@ -1,0 +1,167 @@
+import re
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import typer
+
+from megatron_rl import cli, config
+from megatron_rl.config import Config
+from megatron_rl.errors import EngineError
+
+MINIMAL = """
+run: {folder: FOLDER/run, iterations: 1}
+model: {folder: model}
+data: {source: jsonl, path: prompts.jsonl}
+rollout: {groups_per_iteration: 1, token_budget: 8, max_response_tokens: 16}
+"""
+
+COMMANDS = {  # frozen: scripts of users depend on it
+    "train": ["config", "overrides"],
+    "eval": ["config", "overrides", "--model", "--split", "--sampled", "--samples", "--record"],
+    "convert": ["source", "target", "--to", "--tensor-parallel", "--pipeline-parallel", "--dtype"],
+    "inspect": ["run", "--trajectory", "--group"],
+    "report": ["run"],
+    "doctor": ["config", "overrides"],
+}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["megatron-rl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        return exit_.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL.replace("FOLDER", str(tmp_path)))
+    return path
+
+
+def stub(monkeypatch, name, **functions):
+    module = ModuleType(name)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_the_commands_and_their_arguments_are_frozen():
+    group = typer.main.get_command(cli.app)
+    found = {
+        name: [p.name if p.param_type_name == "argument" else p.opts[-1] for p in command.params]
+        for name, command in group.commands.items()
+    }
+    assert found == COMMANDS
+
+
+def test_the_help_of_train_lists_every_setting_with_default_unit_and_mark(run):
+    code, out, _ = run("train", "--help")
+    assert code == 0
+    lines = {line.split()[0]: line for line in out.splitlines() if re.match(r"  \w+\.", line)}
+    assert list(lines) == config.known_keys()
+    for key, info in config.iter_settings(Config):
+        assert (" required " in lines[key]) == info.is_required(), key
+        assert (" ours " in lines[key]) == info.json_schema_extra["ours"], key
+    flat = " ".join(out.split())
+    assert (
+        "rollout.token_budget required tokens a trajectory may add in one iteration; the rest waits in the buffer [tokens]"
+        in flat
+    )
+    assert "algorithm.tau 0.1 ours" in flat and "(mean | log_z)" in flat
+
+
+def test_help_needs_neither_torch_nor_megatron():
+    code = "import sys, megatron_rl.cli; sys.exit(bool({'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_module_form_is_the_same_command():
+    out = subprocess.run([sys.executable, "-m", "megatron_rl", "--help"], capture_output=True, text=True)
+    assert out.returncode == 0 and all(name in out.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml: cannot read the config file"),
+        (["train", "CONFIG", "rollout.groupsize=4"], "rollout.groupsize: no such setting; the nearest is rollout.group_size"),
+        (["train", "CONFIG", "rollout.group_size=1"], "rollout.group_size=1: a group baseline needs at least 2"),
+        (["inspect", "nowhere"], "nowhere: not a run folder"),
+        (["inspect", "nowhere", "--trajectory", "1", "--group", "2"], "--trajectory and --group: give one of them"),
+        (["report", "nowhere"], "nowhere: not a run folder"),
+    ],
+)
+def test_a_mistake_of_the_user_is_one_line_on_stderr_and_exit_code_2(run, config_file, arguments, says):
+    code, out, err = run(*(config_file if a == "CONFIG" else a for a in arguments))
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and says in err and err.count("\n") == 1
+
+
+def test_an_error_while_training_is_said_the_same_way(run, config_file, monkeypatch):
+    def train(settings):
+        raise EngineError("engine 0: dead")
+
+    stub(monkeypatch, "megatron_rl.loop", train=train)
+    assert run("train", config_file) == (2, "", "error: engine 0: dead\n")
+
+
+def test_train_gives_the_overridden_config_to_the_loop_and_its_exit_code_back(run, config_file, monkeypatch):
+    seen = []
+    stub(monkeypatch, "megatron_rl.loop", train=lambda settings: seen.append(settings) or 3)
+    code, _, _ = run("train", config_file, "run.iterations=7", "rollout.group_size=4")
+    assert code == 3
+    assert (seen[0].run.iterations, seen[0].rollout.group_size) == (7, 4)
+
+
+def test_an_interrupt_from_the_keyboard_says_how_to_go_on(run, config_file, monkeypatch):
+    def train(settings):
+        raise KeyboardInterrupt
+
+    stub(monkeypatch, "megatron_rl.loop", train=train)
+    code, _, err = run("train", config_file)
+    assert code == 130 and "the same command goes on" in err
+
+
+def test_a_bug_of_ours_keeps_its_traceback(config_file, monkeypatch):
+    stub(monkeypatch, "megatron_rl.loop", train=lambda settings: {}["missing"])
+    monkeypatch.setattr(sys, "argv", ["megatron-rl", "train", str(config_file)])
+    with pytest.raises(KeyError):
+        cli.main()
+
+
+def test_eval_prints_its_result_and_records_it_with_the_run(run, config_file, tmp_path, monkeypatch):
+    seen = {}
+
+    def evaluate(settings, model_folder, **options):
+        seen.update(options, model=model_folder)
+        return {
+            "model": str(model_folder),
+            "n": 2,
+            "samples": 1,
+            "greedy": options["greedy"],
+            "mean": 0.5,
+            "low": 0.0,
+            "high": 1.0,
+        }
+
+    stub(monkeypatch, "megatron_rl.evaluate", evaluate=evaluate)
+    code, out, _ = run("eval", config_file, "--model", tmp_path, "--record", "after")
+    assert code == 0 and '"mean": 0.5' in out
+    assert seen == {"model": tmp_path, "split": "held_out", "greedy": True, "samples": 1}
+    assert '"after"' in (tmp_path / "run" / "evaluation.json").read_text()
+
+
+def test_convert_hands_its_options_on(run, tmp_path, monkeypatch):
+    seen = []
+    stub(monkeypatch, "megatron_rl.weights.convert", convert=lambda *paths, **options: seen.append((paths, options)))
+    assert run("convert", tmp_path / "a", tmp_path / "b", "--to", "hf", "--tensor-parallel", "2")[0] == 0
+    layout = {"tensor_parallel": 2, "pipeline_parallel": 1, "dtype": "bfloat16"}
+    assert seen == [((tmp_path / "a", tmp_path / "b"), {"to": "hf", **layout})]
