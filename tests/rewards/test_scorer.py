@@ -14,6 +14,7 @@ import pytest
 
 from megatron_rl.config import RewardsConfig, RewardTerm
 from megatron_rl.errors import RewardError
+from megatron_rl.rewards import process
 from megatron_rl.rewards.scorer import Scorer
 from megatron_rl.types import Ending, Message, Outcome, OutcomeKind, Prompt
 
@@ -76,6 +77,12 @@ def terms_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.path.remove(str(folder))
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may keep a worker waiting; only the tests of the wall clock let it decide."""
+    monkeypatch.setattr(process, "WALL_FACTOR", 1000.0)
+
+
 def prompt(verifier: str = "exact", answer: str = "12") -> Prompt:
     return Prompt("prompt-7", (Message("user", "?"),), np.zeros(3, np.int32), answer, verifier)
 
@@ -100,7 +107,6 @@ def scored(settings: RewardsConfig, *calls: tuple[Prompt, str], penalty: float =
     [
         ("spin", "deadline", "rewards.timeout_s of CPU time"),
         ("spin_in_c", "deadline", "rewards.timeout_s of CPU time"),
-        ("sleep", "deadline", "wall clock"),
         ("leave", "crash", "exit status 3"),
         ("abort", "crash", "SIGABRT"),
         ("fail", "exception", "ValueError: boom"),
@@ -121,6 +127,12 @@ def test_a_fault_is_tried_twice_counted_and_never_a_reward(terms_folder, functio
     assert outcomes[1].correct, "the next response is judged by a fresh worker"
 
 
+def test_a_call_that_only_waits_ends_by_the_wall_clock(terms_folder, monkeypatch):
+    monkeypatch.setattr(process, "WALL_FACTOR", 2.0)
+    outcomes, failures = scored(config(), (prompt("user_terms:sleep"), ""))
+    assert failures == {"deadline": 2} and "no answer within 0.4 s of wall clock" in outcomes[0].detail
+
+
 @pytest.mark.parametrize(
     ("term", "response"),
     [
@@ -138,7 +150,8 @@ def test_a_call_that_fails_once_gets_its_reward_from_a_fresh_worker(terms_folder
     assert outcomes[0].correct and failures == {"crash": 1}
 
 
-def test_a_killed_call_takes_its_own_children_along(terms_folder, tmp_path):
+def test_a_killed_call_takes_its_own_children_along(terms_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "WALL_FACTOR", 6.0)
     outcomes, _ = scored(config(timeout_s=0.3), (prompt("user_terms:sleep_in_a_child"), str(tmp_path / "pid")))
     assert outcomes[0].kind is OutcomeKind.FAILED
     child = int((tmp_path / "pid").read_text())
