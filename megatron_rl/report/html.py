@@ -82,7 +82,7 @@ def _tiles(run: RunData) -> str:
     tiles.append(("response tokens trained on", number(trained)))
     if run.trained:
         mixed = fmean(t.num_versions > 1 for t in run.trained)
-        tiles.append(("trained with several weight versions", f"{mixed:.0%} <em>of {len(run.trained):,}</em>"))
+        tiles.append(("trained with several weight versions", f"{mixed:.0%} <em>of {number(len(run.trained))}</em>"))
     seconds = [_seconds(row) for row in run.rows]
     if seconds:
         tiles.append(("an iteration, mean", f"{fmean(seconds):.3g} <em>s</em>"))

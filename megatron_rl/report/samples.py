@@ -5,14 +5,14 @@ Tokens are shown as they were trained, each decoded in the context of the one be
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from megatron_rl.config import Config
 from megatron_rl.report.charts import number, tooltip
@@ -60,22 +60,22 @@ def choose(trained: Sequence[Trained], count: int) -> list[int]:
     return ids[:count]
 
 
-def load_decoder(config: Config) -> Any:
-    """The Hugging Face tokenizer of the run's model; None where its folder cannot be read any more, and ids are shown instead."""
-    from transformers import AutoTokenizer  # seconds to import; only here
+def load_decoder(config: Config) -> Tokenizer | None:
+    """The tokenizer of the run's model; None where its folder cannot be read any more, and ids are shown instead.
 
+    Without transformers, whose import takes longer than the whole report."""
     for folder in (config.model.folder, config.run.folder / "hf"):
-        if not Path(folder).is_dir():
-            continue
+        path = folder / "tokenizer.json"
         try:
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            text = path.read_text(encoding="utf-8")
+            json.loads(text)  # tokenizers raises a bare Exception for a torn file
+            return Tokenizer.from_str(text)
         except (OSError, ValueError) as e:
-            log.warning("%s: no tokenizer can be loaded (%s)", folder, e)
-    log.warning("model.folder=%s: no tokenizer there, token ids are shown instead of text", config.model.folder)
+            log.warning("%s: cannot be read (%s); without it the report shows token ids", path, e)
     return None
 
 
-def token_texts(decoder: Any, token_ids: Iterable[int], before: Iterable[int] = ()) -> list[str]:
+def token_texts(decoder: Tokenizer, token_ids: Iterable[int], before: Iterable[int] = ()) -> list[str]:
     """The text each token adds to those before it; a character made of several tokens stands at its last one."""
     context = [int(i) for i in before][-1:]
     pending: list[int] = []
@@ -94,7 +94,7 @@ def token_texts(decoder: Any, token_ids: Iterable[int], before: Iterable[int] = 
     return texts
 
 
-def coloured_tokens(trajectory: Trajectory, prompt: Prompt, decoder: Any, limit: int) -> str:
+def coloured_tokens(trajectory: Trajectory, prompt: Prompt, decoder: Tokenizer | None, limit: int) -> str:
     """HTML of the response, one span a segment; of more than `limit` tokens the middle is left out."""
     ids, total = trajectory.token_ids, trajectory.num_tokens
     head, tail = (total, total) if total <= limit else (limit * 2 // 3, total - limit // 3)
@@ -132,7 +132,7 @@ def _token(segment: Segment, i: int, text: str) -> str:
     return f'<i{kind} data-p="{log_prob:.3f}"{kv}>{shown}</i>'
 
 
-def _sample(trajectory: Trajectory, group: Group, facts: Trained, decoder: Any, limit: int) -> str:
+def _sample(trajectory: Trajectory, group: Group, facts: Trained, decoder: Tokenizer | None, limit: int) -> str:
     outcome, prompt = trajectory.outcome, group.prompt
     assert outcome is not None, "trained trajectories are scored"
     versions = sorted({s.weight_version for s in trajectory.segments if len(s.token_ids)})
@@ -152,8 +152,8 @@ def _sample(trajectory: Trajectory, group: Group, facts: Trained, decoder: Any, 
     )
 
 
-def _decoded(decoder: Any, ids: list[int]) -> str:
-    return decoder.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
+def _decoded(decoder: Tokenizer, ids: list[int]) -> str:
+    return decoder.decode(ids, skip_special_tokens=False) if ids else ""
 
 
 def _parts(items: Sequence[Trained], count: int) -> list[Sequence[Trained]]:

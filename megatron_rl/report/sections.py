@@ -54,13 +54,9 @@ def phases_card(run: RunData) -> str:
 
 
 def tokens_card(run: RunData) -> str:
-    lines = [Line("generated", _column(run, "tokens/generated"), 0), Line("trained on", _column(run, "tokens/trained"), 1)]
-    return _card(
-        "Tokens",
-        "Generated in an iteration, and trained on; partial rollouts carry the difference over.",
-        charts.line_chart(_iterations(run), lines, floor=0.0),
-        _marks(lines),
-    )
+    names = (("tokens/generated", "generated", 0), ("tokens/trained", "trained on", 1))
+    about = "Generated in an iteration, and trained on; partial rollouts carry the difference over."
+    return _card("Tokens", about, *_averaged(run, names, floor=0.0))
 
 
 def endings_card(run: RunData) -> str:
@@ -72,28 +68,15 @@ def endings_card(run: RunData) -> str:
 
 
 def staleness_card(run: RunData) -> str:
-    lines = _present([Line("mean", _column(run, "staleness/mean"), 5), Line("largest", _column(run, "staleness/max"), 6)])
-    return _card(
-        "Staleness",
-        "Weight versions between a trained token and the weights it trained.",
-        charts.line_chart(_iterations(run), lines, floor=0.0),
-        _marks(lines),
-    )
+    names = (("staleness/mean", "staleness", 5), ("staleness/max", "largest of the batch", 6))
+    about = "Weight versions between a trained token and the weights it trained."
+    return _card("Staleness", about, *_averaged(run, names, floor=0.0))
 
 
 def mismatch_card(run: RunData) -> str:
-    lines = _present(
-        [
-            Line("mismatch: current version", _column(run, "mismatch/logp_abs_mean"), 1),
-            Line("drift: older versions", _column(run, "drift/logp_abs_mean"), 0),
-        ]
-    )
-    return _card(
-        "Engine and trainer",
-        "Mean |difference| of their log-probs, over tokens of the current version and of older ones.",
-        charts.line_chart(_iterations(run), lines, floor=0.0),
-        _marks(lines),
-    )
+    names = (("mismatch/logp_abs_mean", "mismatch: current version", 1), ("drift/logp_abs_mean", "drift: older versions", 0))
+    about = "Mean |difference| of their log-probs, over tokens of the current version and of older ones."
+    return _card("Engine and trainer", about, *_averaged(run, names, floor=0.0))
 
 
 def success_card(run: RunData) -> str:
@@ -246,9 +229,11 @@ def _averaged(run: RunData, names: Sequence[tuple[str, str, int]], floor: float 
     raw, smooth = [], []
     for key, name, colour in names:
         values = _column(run, key)
-        raw.append(Line(name, values, colour, faint=True))
-        smooth.append(Line(f"{name}, mean of {window}", charts.moving_average(values, window), colour))
-    return charts.line_chart(_iterations(run), [*raw, *smooth], floor=floor), _marks(smooth)
+        if any(value is not None for value in values):
+            raw.append(Line(name, values, colour, faint=True))
+            smooth.append(Line(f"{name}, mean of {window}", charts.moving_average(values, window), colour))
+    marks = charts.legend([(line.name, f"b{line.colour}") for line in smooth])
+    return charts.line_chart(_iterations(run), [*raw, *smooth], floor=floor), marks
 
 
 def _evaluated(moment: str, result: dict[str, Any]) -> str:
@@ -274,14 +259,6 @@ def _verdict(holds: bool) -> str:
 
 def _direction(change: float) -> str:
     return "up" if change > 0 else "down" if change < 0 else ""
-
-
-def _present(lines: Sequence[Line]) -> list[Line]:
-    return [line for line in lines if any(v is not None for v in line.values)]
-
-
-def _marks(lines: Sequence[Line]) -> str:
-    return charts.legend([(line.name, f"b{line.colour}") for line in lines]) if lines else ""
 
 
 def _iterations(run: RunData) -> list[int]:
