@@ -263,7 +263,7 @@ class _Phase:
 
     def _close(self, continuation: Continuation, ending: Ending) -> None:
         continuation.close(self.buffer, self.iteration, self.weight_version, ending)
-        if ending.ends_trajectory and not continuation.is_abandoned:
+        if ending.ends_trajectory:
             self._score(continuation.id, ending)
 
     def _score(self, trajectory_id: int, ending: Ending) -> None:

@@ -203,9 +203,18 @@ def test_a_group_whose_oldest_token_is_too_old_is_dropped_whole(buffer: ReplayBu
     segment = buffer.open_segment(1, 2, 2, 1.0, "fake-0")
     append(buffer, segment, 4, version=2)
     buffer.close_segment(segment, Ending.BUDGET)
-    (batch,) = run(rollout(buffer, FakeEngine(lambda t: 6), settings), 2, version=2)
-    assert batch.id == 1
+    engine = FakeEngine(lambda t: 6)
+    (batch,) = run(rollout(buffer, engine, settings), 2, version=2)
+    assert batch.id == 1 and {r.trajectory_id for r in engine.requests} == {2, 3}  # nothing was spent on the old group
     assert {(s.state, s.dropped_reason) for s in buffer.statuses(group.id)} == {(TrajectoryState.DROPPED, DropReason.STALE)}
+
+
+def test_a_group_as_old_as_allowed_is_trained(buffer: ReplayBuffer):
+    buffer.draw(prompt(0), 2, 0)
+    for t in (0, 1):
+        finish(buffer, t, iteration=0)
+    settings = config(groups_per_iteration=1, max_open_groups=1, max_staleness=3)
+    assert [g.id for g in run(rollout(buffer, FakeEngine(lambda t: 6), settings), 3, version=3)] == [0]
 
 
 def test_with_last_segments_only_old_tokens_do_not_make_a_group_stale(buffer: ReplayBuffer):
@@ -219,8 +228,9 @@ def test_with_last_segments_only_old_tokens_do_not_make_a_group_stale(buffer: Re
 def test_a_failed_reward_drops_its_trajectory_and_a_lone_member_drops_its_group(buffer: ReplayBuffer):
     failing = {response_token(t, 0) for t in (1, 3, 4)}  # one of group 0, two of group 1
     scorer = Scorer(fails=lambda response: int(response.split()[0]) in failing)
-    settings = config(group_size=3, groups_per_iteration=2, max_open_groups=2)
-    batch = run(rollout(buffer, FakeEngine(lambda t: 5), settings, scorer), 0)
+    settings = config(group_size=3, groups_per_iteration=2, max_open_groups=2, token_budget=50, max_response_tokens=50)
+    engine = FakeEngine(lambda t: 10_000 if t == 5 else 5)  # 5 still runs when its group is dropped
+    batch = run(rollout(buffer, engine, settings, scorer), 0)
     assert [[t.id for t in g.trajectories] for g in batch] == [[0, 2], [6, 7, 8]]
     assert [s.dropped_reason for s in buffer.statuses(1)] == [DropReason.REWARD, DropReason.REWARD, DropReason.GROUP]
     assert [s.state for s in buffer.statuses(1)] == [TrajectoryState.DROPPED] * 3
@@ -310,13 +320,32 @@ def resumed(path: Path) -> tuple[list, list, list]:
     return found
 
 
+def test_a_response_killed_between_its_last_token_and_its_ending_ends_without_a_request(tmp_path: Path):
+    buffer = ReplayBuffer(tmp_path / "buffer.sqlite")
+    buffer.draw(prompt(0), 2, 0)
+    settings = config(groups_per_iteration=1, max_open_groups=1, max_response_tokens=6)
+    for t, last in ((0, STOP), (1, 7)):  # one at its stop token, one at the longest response
+        segment = buffer.open_segment(t, 0, 0, 1.0, "fake-0")
+        append(buffer, segment, 5, start=1000)
+        append(buffer, segment, 1, start=last)
+    buffer.close()
+    buffer, engine = ReplayBuffer(tmp_path / "buffer.sqlite"), FakeEngine(lambda t: 6)
+    (group,) = run(rollout(buffer, engine, settings), 0)
+    assert [endings(buffer, t) for t in (0, 1)] == [
+        [(6, Ending.ABORT), (0, Ending.STOP)],
+        [(6, Ending.ABORT), (0, Ending.LENGTH)],
+    ]
+    assert group.id == 0 and engine.requests == []
+
+
 def test_an_iteration_run_again_generates_nothing_twice(buffer: ReplayBuffer):
-    phase = rollout(buffer, FakeEngine(lambda t: 25), config(groups_per_iteration=1, max_open_groups=2))
+    phase = rollout(buffer, FakeEngine(lambda t: 15 if t < 2 else 35), config(groups_per_iteration=2, max_open_groups=2))
     assert run(phase, 0) == []
     before = content(buffer, 4)
     assert run(phase, 0) == [] and content(buffer, 4) == before
-    assert run(phase, 1) == []
-    assert run(phase, 0) == [] and buffer.generated_tokens(0) == 40  # a phase that a later one followed is over
+    assert [g.id for g in run(phase, 1)] == [0]  # group 2 was drawn in its place
+    before = content(buffer, 6)
+    assert run(phase, 0) == [] and content(buffer, 6) == before  # a phase that a later one followed is over
 
 
 def test_stop_commits_what_was_made_and_the_phase_can_go_on_later(buffer: ReplayBuffer):
@@ -356,8 +385,9 @@ def test_a_silent_engine_and_a_late_phase_are_named(buffer: ReplayBuffer):
         async def score(self, prompt: Prompt, response: str, ending: Ending) -> Outcome:
             return await asyncio.Event().wait()
 
-    with pytest.raises(RewardError, match=r"phase_timeout_s=0\.05 while trajectories 0, 1.* are scored"):
-        run(rollout(buffer, FakeEngine(lambda t: 20), config(phase_timeout_s=0.05, commit_s=0.02, token_budget=40), Hanging()), 0)
+    settings = config(phase_timeout_s=0.5, commit_s=0.1, token_budget=40)
+    with pytest.raises(RewardError, match=r"phase_timeout_s=0\.5 while trajectories 0, 1.* are scored"):
+        run(rollout(buffer, FakeEngine(lambda t: 20), settings, Hanging()), 0)
     buffer.check()
 
 
@@ -379,6 +409,15 @@ def test_tokens_are_committed_while_a_trajectory_runs(buffer: ReplayBuffer):
     phase.on_tokens = look
     run(phase, 0)
     assert max(uncommitted) <= 8 * 8 and len(uncommitted) > 100
+
+
+def test_tokens_are_committed_after_commit_s_too(buffer: ReplayBuffer):
+    slow = config(token_budget=60, max_response_tokens=60, commit_tokens=10_000, commit_s=1e-6)
+    phase = rollout(buffer, FakeEngine(lambda t: 200, chunk=2), slow)
+    committed = set()
+    phase.on_tokens = lambda tokens, complete: committed.add(sum(t.num_tokens for t in buffer.trajectories([0, 1])))
+    run(phase, 0)
+    assert len(committed - {0, 60, 120}) > 3
 
 
 def test_prompts_are_sent_once_a_group_and_resumed_where_their_kv_is(buffer: ReplayBuffer):
