@@ -36,6 +36,9 @@ class PolicyOptimizer:
         assert len(self._megatron.chained_optimizers) == 1, "a dense model has one Megatron optimizer"
         self._parts = self._megatron.chained_optimizers[0]
         adam = type(self._adam)
+        if adam is torch.optim.AdamW:
+            for group in self._adam.param_groups:
+                group["fused"] = True  # one pass over the weights instead of eight; Megatron does not ask for it
         if dist.get_rank() == 0:
             log.info("optimizer: %s.%s, %s", adam.__module__, adam.__name__, type(self._parts).__name__)
 
