@@ -43,7 +43,7 @@ def prompts(vocab_size: int) -> np.ndarray:
 async def run_ours(engine: EmbeddedEngine, contexts: np.ndarray, seed: int) -> float:
     """Seconds until every request has its tokens."""
     requests = [
-        Request(seed * NUM_REQUESTS + i, context.astype(np.int32), int(n), Sampling(seed=seed), 0, kv_key=f"{seed} {i // GROUP_SIZE}")
+        Request(seed * NUM_REQUESTS + i, context.astype(np.int32), int(n), Sampling(seed=seed), 0, f"{seed} {i // GROUP_SIZE}")
         for i, (context, n) in enumerate(zip(contexts, lengths(), strict=True))
     ]
     start = time.perf_counter()
