@@ -29,7 +29,7 @@ def setting(default: Any = ..., doc: str = "", *, ours: bool = False, **kwargs: 
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -72,7 +72,7 @@ class SamplerConfig(Section):
     name: Literal["uniform", "curriculum", "prioritized"] = setting("uniform", "how prompts are drawn (paper 2.3.4)", ours=True)
     switch_iteration: Positive = setting(24, "curriculum: iteration at which only hard prompts remain (paper 3.5)")
     hard_below: Fraction = setting(0.5, "curriculum: a prompt is hard when its success rate is below this", ours=True)
-    smoothing: Fraction = setting(0.5, "prioritized: weight of the newest group in the tracked success rate", ours=True)
+    smoothing: Fraction = setting(0.5, "weight of the newest group in the tracked success rate", ours=True)
     floor: Fraction = setting(0.02, "prioritized: least weight, so that a solved prompt can come back", ours=True)
 
 
@@ -110,7 +110,7 @@ class RolloutConfig(Section):
     min_p: float = setting(0.0, "drop tokens below this share of the best one; 0 is off", ge=0, lt=1, ours=True)
     commit_tokens: Positive = setting(256, "tokens between two commits of a running trajectory [tokens]", ours=True)
     commit_s: Seconds = setting(1.0, "time between two commits of a running trajectory [s]", ours=True)
-    request_timeout_s: Seconds = setting(600.0, "longest silence of a running generation request [s]", ours=True)
+    request_timeout_s: Seconds = setting(600.0, "longest silence of an engine that has requests to run [s]", ours=True)
     phase_timeout_s: Seconds = setting(7200.0, "longest rollout phase; other ranks give up after it [s]", ours=True)
     kv_policy: Literal["recompute", "keep"] = setting(
         "recompute", "what happens to the KV of unfinished trajectories at a weight update", ours=True
@@ -132,6 +132,8 @@ class RewardsConfig(Section):
     )
     timeout_s: Seconds = setting(10.0, "CPU time one scoring call may take [s]", ours=True)
     workers: Positive = setting(1, "worker processes that score", ours=True)
+    memory_bytes: int = setting(4 << 30, "address space of one worker process [bytes]", ge=256 << 20, ours=True)
+    max_failures: Positive = setting(16, "responses in a row whose scoring failed that stop the run", ours=True)
 
 
 class AlgorithmConfig(Section):
@@ -183,10 +185,9 @@ class WeightsConfig(Section):
     bucket_bytes: int = setting(
         256 << 20, "full tensors gathered at once while publishing or exporting [bytes]", ge=1 << 10, ours=True
     )
-    probe_every: int = setting(
-        10, "publishes between two comparisons of engine and trainer log-probs; 0 is off [publishes]", ge=0, ours=True
+    mismatch_bound: float = setting(
+        0.5, "largest mean |engine - trainer| log-prob on tokens of the current version; above it the run stops", gt=0, ours=True
     )
-    probe_bound: float = setting(0.5, "largest mean |difference| of log-probs a probe accepts", gt=0, ours=True)
 
 
 class BufferConfig(Section):
@@ -274,7 +275,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 def _explain(error: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(where, known_keys(), n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(where, [*Config.model_fields, *known_keys()], n=1, cutoff=0.0)
         return f"{where}: no such setting; the nearest is {nearest[0]}"
     if error["type"] == "missing":
         return f"{where}: required and not set"
@@ -303,11 +304,6 @@ def _check(c: Config) -> None:
     r, t = c.rollout, c.training
     if r.group_size < 2:
         raise ConfigError(f"rollout.group_size={r.group_size}: a group baseline needs at least 2 trajectories; set 2 or more")
-    if c.max_open_groups < r.groups_per_iteration:
-        raise ConfigError(
-            f"rollout.max_open_groups={c.max_open_groups}: fewer than rollout.groups_per_iteration={r.groups_per_iteration}, "
-            "so no phase could fill a batch; raise it"
-        )
     if r.token_budget * r.max_segments < r.max_response_tokens:
         raise ConfigError(
             f"rollout.token_budget={r.token_budget} times rollout.max_segments={r.max_segments} is less than "
@@ -318,8 +314,10 @@ def _check(c: Config) -> None:
             f"rollout.max_staleness={r.max_staleness}: a trajectory of rollout.max_segments={r.max_segments} segments is "
             f"{r.max_segments - 1} iterations old and would be dropped; set it to at least {r.max_segments - 1}"
         )
-    if sorted(set(r.embedded.batch_sizes)) != list(r.embedded.batch_sizes):
-        raise ConfigError(f"rollout.embedded.batch_sizes={list(r.embedded.batch_sizes)}: must rise strictly")
+    if not r.embedded.batch_sizes or sorted(set(r.embedded.batch_sizes)) != list(r.embedded.batch_sizes):
+        raise ConfigError(
+            f"rollout.embedded.batch_sizes={list(r.embedded.batch_sizes)}: must hold at least one size and rise strictly"
+        )
     if r.embedded.batch_sizes[-1] < r.embedded.max_running:
         raise ConfigError(
             f"rollout.embedded.max_running={r.embedded.max_running}: larger than the last of "
@@ -380,6 +378,8 @@ def check_model(c: Config, model: ModelConfig) -> None:
             f"training.pipeline_parallel={t.pipeline_parallel} x virtual_pipeline={t.virtual_pipeline or 1}: "
             f"must divide the model's {model.num_layers} layers"
         )
+    if (model.num_heads + 2 * model.num_kv_heads) * model.head_dim % tp:
+        raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's fused query, key and value rows")
     if model.ffn_size % tp:
         raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's feed-forward size {model.ffn_size}")
     if c.data.max_prompt_tokens + r.max_response_tokens > model.max_positions:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from megatron_rl.config import Config
 from megatron_rl.data.samplers import make_sampler
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
+from megatron_rl.file_system import network_advice
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.report.html import write_report
 from megatron_rl.report.metrics import MetricsLog
@@ -44,14 +46,15 @@ class Master:
         self.sampler = make_sampler(config.sampler, self.prompts.train, config.run.seed)
         self.buffer = ReplayBuffer(config.buffer_path, run_id=run_id)
         self.metrics = MetricsLog(config.run.folder, config.report.tensorboard)
+        if advice := network_advice(config.buffer_path):
+            log.warning("%s", advice)
         self.stopping = False
 
-    def start(self, engines: Sequence[Engine], *, iteration: int, sampler_state: dict | None) -> None:
+    def start(self, engines: Sequence[Engine], *, iteration: int, sampler_state: dict[str, Any] | None) -> None:
         """Continue from `iteration`: the metrics are cut back to it, draws go on where the buffer ends."""
         config = self.config
         self.engines = engines
-        if sampler_state is not None:
-            self.sampler.restore(sampler_state, self.buffer.num_drawn)
+        self.sampler.restore(sampler_state or {}, self.buffer.num_drawn)
         self.metrics.cut_back(iteration)
         self.progress = Progress(config.run.iterations, iteration)
         self.rollout = Rollout(self.buffer, engines, self.sampler, self.scorer, self.tokenizer, config, self.model)
@@ -122,7 +125,7 @@ class Master:
     def phase(self, name: str) -> Iterator[None]:
         """Shows the phase while it lasts."""
         self.progress.phase(name, groups=self.config.rollout.groups_per_iteration if name == "rollout" else 0)
-        self._shown_tokens = 0
+        self._shown = (0, 0)
         yield
 
     def stop(self) -> None:
@@ -153,8 +156,9 @@ class Master:
         self.buffer.close()
 
     def _show_tokens(self, tokens: int, complete_groups: int) -> None:
-        self.progress.tokens(tokens - self._shown_tokens)
-        self._shown_tokens = tokens
+        self.progress.tokens(tokens - self._shown[0])
+        self.progress.group_complete(complete_groups - self._shown[1])
+        self._shown = (tokens, complete_groups)
 
 
 def iteration_row(iteration: int, version: int, groups: list[Group]) -> dict[str, float]:

@@ -59,7 +59,7 @@ class ModelConfig:
             raise DataError(f"{path}: use_sliding_window=true is not supported; set it to false if the model allows")
         if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
             raise DataError(
-                f"{path}: hidden_act={raw.get('hidden_act')!r}, mlp_bias={raw.get('mlp_bias')!r}: only silu without bias is supported"
+                f"{path}: hidden_act={raw.get('hidden_act')!r}, mlp_bias={raw.get('mlp_bias')!r}: supported is silu without bias"
             )
         if family != "qwen2" and raw.get("attention_bias"):
             raise DataError(f"{path}: attention_bias=true is not supported for {names[0]}")

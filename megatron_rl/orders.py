@@ -35,7 +35,7 @@ class Orders:
 
     def _connect(self, host: str) -> dist.TCPStore:
         served = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self._rank == 0 else None
-        port: list[int | None] = [served.port if served else None]
+        port = [served.port if served else 0]
         dist.broadcast_object_list(port, src=0)
         return served or dist.TCPStore(host, port[0], is_master=False, timeout=self._timeout)
 

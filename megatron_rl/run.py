@@ -9,10 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from megatron_rl.algorithms import MirrorDescent, Objective
 from megatron_rl.config import Config, check_model, check_world
@@ -20,7 +17,6 @@ from megatron_rl.errors import EngineError
 from megatron_rl.master import Master
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.orders import Orders
-from megatron_rl.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_rl.run_folder import open_folder
 from megatron_rl.serving import Serving
 from megatron_rl.shutdown import Shutdown
@@ -107,6 +103,7 @@ def open_run(config: Config) -> Iterator[Run]:
         master = None
         if ranks.rank == 0:
             master = Master(config, model, open_folder(config), runner)
+            checkpoint.remove_leftovers(config.run.folder)
             stack.callback(master.close)
         trainer = Trainer(config, model)
         serving = Serving(config, model, ranks, runner)

@@ -39,7 +39,6 @@ class MirrorDescent:
 
     tau: float
     level: Level = "sequence"
-    needs_whole_groups: bool = False
 
     def coefficients(self, inputs: ObjectiveInputs) -> torch.Tensor:
         """A_j - tau rho_j for every token of sequence j (token level: A_j - tau rho_t)."""

@@ -27,8 +27,6 @@ class ObjectiveInputs:
 
 
 class Objective(Protocol):
-    needs_whole_groups: bool  # True: the packer keeps a group in one micro-batch
-
     def coefficients(self, inputs: ObjectiveInputs) -> torch.Tensor:
         """float32 [tokens]: c such that the loss's gradient is -sum(weight * c * grad log pi)."""
         ...

@@ -1,15 +1,18 @@
 """Attention over a pack whose layout is a tree: a group's prompt once, then its responses, which all attend to it.
 
-Two parts. A pure plan, made once for a micro-batch: `plan_attention` sorts the sequences (prompt plus response) of the pack
-into batches of similar length. `TreeAttention`, Megatron's `core_attention` in every layer, applies rotary embedding from
+Two parts. A pure plan, made once for a micro-batch: `plan_attention` sorts the pack's sequences (prompt plus response) into
+batches of similar length. `TreeAttention`, Megatron's `core_attention` in every layer, applies rotary embedding from
 explicit positions, gathers each batch's rows, attends causally with torch's SDPA and puts every row's output back.
-Causal order and padding on the right need no mask, so nothing of size [tokens, tokens] exists, here or in the kernel.
+Causal order and padding on the right need no mask; only short responses to a shared prompt get one, [response, sequence]
+and bounded. Nothing of size [tokens, tokens] exists, here or in the kernel.
 Under context parallelism a rank holds a contiguous slice of the pack; for attention it trades tokens for heads.
 It knows no prompts or trajectories: see `packing.py` for how a pack is made.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +26,23 @@ from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_paral
 from megatron_rl.training.packing import Branch
 
 MAX_PADDING = 0.25  # share of a batch's positions that may be padding
+MAX_MASK = 1 << 22  # elements of all masks of a pack
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Sequences that attend in one call; rows are padded on the right with row 0."""
+
+    queries: torch.Tensor  # int64 [sequences, query positions]
+    keys: torch.Tensor  # int64 [sequences, key positions]
+    mask: torch.Tensor | None  # bool [sequences, 1, query positions, key positions]; None: causal, the queries are the keys
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
     """Which rows attend together. The batches' outputs, flattened and joined, hold row r's output at `places[r]`."""
 
-    batches: tuple[torch.Tensor, ...]  # int64 [sequences, positions] of rows, padded on the right with row 0
+    batches: tuple[AttentionBatch, ...]
     places: torch.Tensor  # int64 [tokens]
 
 
@@ -44,20 +57,38 @@ class TreeParams(PackedSeqParams):
 
 def plan_attention(branches: Sequence[Branch], num_tokens: int, device: torch.device) -> AttentionPlan:
     """Batch the branches by length. Every row of the pack must lie in some branch, itself or as its prefix."""
+    whole, short = _whole_and_short(branches)
+    arrays = [_causal(members) for members in _similar(whole)] + [_masked(members) for members in _buckets(short)]
     places = np.full(num_tokens, -1, np.int64)
-    batches, offset = [], 0
-    for members in _similar(branches):
-        longest = members[0].num_positions
-        rows = np.zeros((len(members), longest), np.int64)
-        for i, branch in enumerate(members):
-            own = branch.rows()
-            rows[i, : len(own)] = own
-            at = np.arange(offset + i * longest, offset + i * longest + len(own))
-            places[own] = at  # a prompt's rows come out equal in each branch: any will do
-        batches.append(torch.from_numpy(rows).to(device))
-        offset += rows.size
+    offset = 0
+    for queries, _, _, used in arrays:
+        places[queries[used]] = offset + np.flatnonzero(used)  # a prompt's rows come out equal in each branch: any will do
+        offset += queries.size
     assert (places >= 0).all(), "a row of the pack lies in no sequence"
-    return AttentionPlan(tuple(batches), torch.from_numpy(places).to(device))
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    batches = [AttentionBatch(tensor(q), tensor(k), None if m is None else tensor(m)) for q, k, m, _ in arrays]
+    return AttentionPlan(tuple(batches), tensor(places))
+
+
+def _whole_and_short(branches: Sequence[Branch]) -> tuple[list[Branch], list[Branch]]:
+    """Most branches attend as a whole, prompt and all, which needs no mask. But k short responses would compute a long
+    prompt's attention k times, so they send only their own rows as queries, and their prompt attends once, alone. Their
+    masks are small, and MAX_MASK bounds their sum."""
+    sharing = Counter(b.prefix_start for b in branches if b.prefix_length)
+    whole, short, room = [], [], MAX_MASK
+    for branch in sorted(branches, key=lambda b: b.length * b.num_positions):
+        cost = branch.length * branch.num_positions
+        if 0 < branch.length < branch.prefix_length and sharing[branch.prefix_start] > 1 and cost <= room:
+            room -= cost
+            short.append(branch)
+        else:
+            whole.append(branch)
+    covered = {b.prefix_start for b in whole if b.prefix_length}
+    prompts = {b.prefix_start: b.prefix_length for b in short if b.prefix_start not in covered}
+    return whole + [Branch(start, length) for start, length in prompts.items()], short
 
 
 def _similar(branches: Sequence[Branch]) -> list[list[Branch]]:
@@ -69,6 +100,41 @@ def _similar(branches: Sequence[Branch]) -> list[list[Branch]]:
         else:
             batches.append([branch])
     return batches
+
+
+def _buckets(branches: Sequence[Branch]) -> list[list[Branch]]:
+    """Responses alike in length (within a factor 2) and in length with their prompt."""
+    buckets: dict[tuple[int, int], list[Branch]] = {}
+    for branch in branches:
+        key = (branch.length.bit_length(), int(math.log(branch.num_positions, 1 / (1 - MAX_PADDING))))
+        buckets.setdefault(key, []).append(branch)
+    return list(buckets.values())
+
+
+# queries, keys, mask, and which query positions are no padding
+_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]
+
+
+def _causal(members: list[Branch]) -> _Arrays:
+    rows, used = _padded([b.rows() for b in members])
+    return rows, rows, None, used
+
+
+def _masked(members: list[Branch]) -> _Arrays:
+    queries, used = _padded([b.rows()[b.prefix_length :] for b in members])
+    keys, _ = _padded([b.rows() for b in members])
+    prefixes = np.array([b.prefix_length for b in members])
+    last = prefixes[:, None] + np.arange(queries.shape[1])  # the newest key position each query may see
+    mask = np.arange(keys.shape[1]) <= last[:, :, None]  # padding queries see padding keys: finite, and never used
+    return queries, keys, mask[:, None], used
+
+
+def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """[sequences, longest] rows, and which of them are real."""
+    used = np.arange(max(len(r) for r in rows)) < np.array([len(r) for r in rows])[:, None]
+    padded = np.zeros(used.shape, np.int64)
+    padded[used] = np.concatenate(rows)
+    return padded, used
 
 
 def rotary_tables(
@@ -92,10 +158,11 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: At
     dtype, outputs = query.dtype, []
     if query.device.type == "cpu" and dtype == torch.bfloat16:  # torch's bfloat16 kernel is 5x slower there, backward above all
         query, key, value = query.float(), key.float(), value.float()
-    for rows in plan.batches:
-        q, k, v = (_take(x, rows).transpose(1, 2) for x in (query, key, value))
-        grouped = q.size(1) != k.size(1)
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    for batch in plan.batches:
+        q = _take(query, batch.queries).transpose(1, 2)
+        k, v = (_take(x, batch.keys).transpose(1, 2) for x in (key, value))
+        causal, grouped = batch.mask is None, q.size(1) != k.size(1)
+        output = F.scaled_dot_product_attention(q, k, v, batch.mask, is_causal=causal, scale=scale, enable_gqa=grouped)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return _take(joined, plan.places).to(dtype)

@@ -1,0 +1,146 @@
+"""kill -9 anywhere, start again with the same command: the run ends as if nothing had happened.
+
+Each run is a fork of one process that has the imports behind it (`zygote.py`). Phases end by exhaustion here
+(`groups_per_iteration` is out of reach), so what a phase yields does not depend on timing and runs can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from examples.quickstart.make_model import make_model
+from megatron_rl.rollout.buffer import ReplayBuffer
+
+KILL_POINTS = (
+    "generating",
+    "scoring",
+    "reference",
+    "in_backward",
+    "after_optimizer_step",
+    "publish",
+    "checkpoint_write",
+    "after_rename",
+)
+ITERATIONS = 5
+
+
+class Zygote:
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("zygote.py")
+        self.process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, config: Path, folder: Path, checkpoint_every: int, kill: str | None = None) -> int:
+        assert self.process.stdin and self.process.stdout
+        log = folder.with_suffix(".log")
+        overrides = [f"run.folder={folder}", f"run.checkpoint_every={checkpoint_every}"]
+        job = {"config": str(config), "overrides": overrides, "kill": kill, "log": str(log)}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, "the zygote died"
+        return json.loads(answer)["code"]
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    z = Zygote()
+    yield z
+    assert z.process.stdin
+    z.process.stdin.close()
+    z.process.wait(30)
+
+
+def end_often(model: Path) -> None:
+    """Scale the end token's embedding, so that a random model ends its answers at different lengths."""
+    weights = load_file(model / "model.safetensors")
+    end = json.loads((model / "config.json").read_text())["eos_token_id"]
+    weights["model.embed_tokens.weight"][end] *= 6
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    make_model(folder / "model", family="qwen3", hidden=32, layers=2, seed=0)
+    end_often(folder / "model")
+    prompts = [{"prompt": f"{a}+{b}=", "answer": ""} for a in range(6) for b in range(6)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    settings: dict[str, Any] = {
+        "run": {"folder": "unset", "iterations": ITERATIONS, "threads": 1},
+        "model": {"folder": str(folder / "model"), "dtype": "float32"},
+        "data": {"source": "jsonl", "path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 64},
+        "rollout": {
+            "group_size": 3,
+            "groups_per_iteration": 64,
+            "max_open_groups": 6,
+            "token_budget": 5,
+            "max_response_tokens": 8,
+            "commit_tokens": 2,
+            "embedded": {"kv_bytes": 4_000_000, "max_running": 16, "batch_sizes": [16]},
+        },
+        # right is a response without a letter from a to m: a random model is now right, now wrong
+        "rewards": {"terms": [{"name": "regex", "options": {"pattern": "^[^a-m]*$()"}}]},
+        "algorithm": {"tau": 0.5},
+        "training": {"epochs": 2, "max_tokens_per_micro_batch": 256, "optimizer": {"lr": 1e-3}},
+        "report": {"tensorboard": False},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All of a run that must not depend on whether it was killed."""
+    buffer = ReplayBuffer(folder / "buffer.sqlite", read_only=True)
+    groups = [g for i in range(ITERATIONS) for g in (buffer.batch(i) or [])]
+    trajectories = {
+        t.id: (t.token_ids.tolist(), t.weight_versions.tolist(), t.outcome.reward if t.outcome else None)
+        for g in [*groups, *buffer.open_groups(), *buffer.complete_groups()]
+        for t in g.trajectories
+    }
+    batches = {i: [g.id for g in buffer.batch(i) or []] for i in range(ITERATIONS)}
+    counts = buffer.counts()
+    buffer.check()
+    buffer.close()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        {k: r[k] for k in ("iteration", "weight_version", "reward/mean", "tokens/trained", "loss")} for r in rows if "loss" in r
+    ]
+    weights = {k: v for f in sorted((folder / "hf").glob("*.safetensors")) for k, v in load_file(f).items()}
+    return {"trajectories": trajectories, "batches": batches, "counts": counts, "metrics": metrics, "weights": weights}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote: Zygote, config: Path) -> dict[str, Any]:
+    folder = config.parent / "undisturbed"
+    assert zygote.run(config, folder, 3) == 0, folder.with_suffix(".log").read_text()
+    result = outcome(folder)
+    assert len(result["metrics"]) >= 3, "the recipe must train in most iterations for the comparison to mean something"
+    assert any(len(set(versions)) > 1 for _, versions, _ in result["trajectories"].values()), "no partial rollout happened"
+    return result
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 3])
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_killed_run_ends_like_an_undisturbed_one(
+    point: str, checkpoint_every: int, zygote: Zygote, config: Path, undisturbed: dict[str, Any]
+) -> None:
+    folder = config.parent / f"{point}_{checkpoint_every}"
+    assert zygote.run(config, folder, checkpoint_every, kill=point) == -9, folder.with_suffix(".log").read_text()
+    assert zygote.run(config, folder, checkpoint_every) == 0, folder.with_suffix(".log").read_text()
+    result = outcome(folder)
+    for key in ("trajectories", "batches", "counts", "metrics"):
+        assert result[key] == undisturbed[key], key
+    assert result["weights"].keys() == undisturbed["weights"].keys()
+    for name, tensor in result["weights"].items():
+        np.testing.assert_array_equal(tensor, undisturbed["weights"][name], err_msg=name)

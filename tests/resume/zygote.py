@@ -1,0 +1,97 @@
+"""Starts many short runs from one process that has paid the imports once.
+
+Reads one JSON job a line, {"config": path, "overrides": [...], "kill": point | null, "log": path}; forks; in the child
+arms the kill point and runs the training loop; answers with the child's wait status. A kill point sends this very process
+SIGKILL, so nothing of ours gets a chance to clean up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_rl import config as configuration
+from megatron_rl import loop, run
+from megatron_rl.rewards.scorer import Scorer
+from megatron_rl.rollout.buffer import ReplayBuffer
+from megatron_rl.training import checkpoint, log_probs
+from megatron_rl.training.trainer import Trainer
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in(owner: Any, name: str, *, call: int, after: bool = False) -> None:
+    """Die at the `call`-th call of owner.name, before or after its work."""
+    original = getattr(owner, name)
+    count = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call and not after:
+            die()
+        result = original(*args, **kwargs)
+        if count == call and after:
+            die()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def kill_in_publish() -> None:
+    """Die after the first bucket of the third publish (the first one is the start's)."""
+    original = Trainer.export_buckets
+    count = 0
+
+    def export_buckets(self: Trainer, bucket_bytes: int) -> Any:
+        nonlocal count
+        count += 1
+        for bucket in original(self, bucket_bytes):
+            yield bucket
+            if count == 3:
+                die()
+
+    Trainer.export_buckets = export_buckets  # type: ignore[method-assign]
+
+
+def run_job(job: dict[str, Any], points: dict[str, Callable[[], None]]) -> None:
+    logging.basicConfig(level=logging.INFO)
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if job["kill"]:
+        points[job["kill"]]()
+    os._exit(loop.train(configuration.load(job["config"], job["overrides"])))
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=60),
+    "scoring": lambda: kill_in(Scorer, "score", call=12),
+    "reference": lambda: kill_in(Trainer, "log_probs", call=2),
+    "in_backward": lambda: kill_in(log_probs._ChunkedLogProbs, "backward", call=5),
+    "after_optimizer_step": lambda: kill_in(Trainer, "step", call=2, after=True),
+    "publish": kill_in_publish,
+    "checkpoint_write": lambda: kill_in(checkpoint.sharded, "save", call=1, after=True),
+    "after_rename": lambda: kill_in(run.Run, "save", call=1, after=True),
+}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            run_job(job, POINTS)
+        _, status = os.waitpid(child, 0)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
