@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.training.attention import MAX_PADDING, attend, plan_attention, rotary_tables, rotate
+from megatron_rl.training.attention import MAX_MASK, MAX_PADDING, attend, plan_attention, rotary_tables, rotate
 from megatron_rl.training.packing import Branch
 
 CPU = torch.device("cpu")
@@ -34,12 +34,11 @@ def dense(query, key, value, branches, num_tokens, scale):
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~mask, -torch.inf).softmax(-1), value)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 20), min_size=1, max_size=4)), min_size=1, max_size=4),
-    st.sampled_from([(4, 4), (4, 2), (6, 3), (3, 1)]),
-    st.integers(0, 9),
-)
+shapes = st.lists(st.tuples(st.integers(1, 25), st.lists(st.integers(0, 20), min_size=1, max_size=4)), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.sampled_from([(4, 4), (4, 2), (6, 3), (3, 1)]), st.integers(0, 9))
 def test_outputs_and_gradients_equal_a_dense_mask(shape, heads, seed):
     branches, n = tree(shape)
     torch.manual_seed(seed)
@@ -54,19 +53,32 @@ def test_outputs_and_gradients_equal_a_dense_mask(shape, heads, seed):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), st.lists(st.integers(1, 500), min_size=1, max_size=8)), min_size=1, max_size=8))
-def test_padding_stays_below_its_bound_and_equal_lengths_make_one_batch(shape):
+def test_padding_and_masks_stay_below_their_bounds(shape):
     branches, n = tree(shape)
     plan = plan_attention(branches, n, CPU)
-    positions = sum(b.num_positions for b in branches)
-    assert sum(rows.numel() for rows in plan.batches) * (1 - MAX_PADDING) <= positions
-    assert len(plan.batches) <= len({b.num_positions for b in branches})
+    computed = sum(b.queries.numel() for b in plan.batches if b.mask is None)
+    positions = sum(b.num_positions for b in branches) + sum(prompt for prompt, _ in shape)
+    assert computed * (1 - MAX_PADDING) <= positions
+    assert sum(b.mask.numel() for b in plan.batches if b.mask is not None) <= 4 * MAX_MASK
 
 
-def test_one_long_sequence_needs_no_padding():
-    plan = plan_attention(*tree([(1000, [31_000])]), CPU)
-    assert [tuple(rows.shape) for rows in plan.batches] == [(1, 32_000)]
+def test_short_responses_do_not_recompute_their_prompt():
+    plan = plan_attention(*tree([(100, [6] * 8), (100, [5] * 8)]), CPU)
+    assert sorted(tuple(b.queries.shape) for b in plan.batches) == [(2, 100), (16, 6)]
+
+
+def test_masks_are_bounded_whatever_the_lengths():
+    """40 responses of 400 tokens to a prompt of 4000 would need masks of 70 million elements: most go as a whole."""
+    plan = plan_attention(*tree([(4000, [400] * 40)]), CPU)
+    masked = sum(b.mask.numel() for b in plan.batches if b.mask is not None)
+    assert 0 < masked <= 2 * MAX_MASK
+
+
+def test_one_long_sequence_needs_no_padding_and_no_mask():
+    [batch] = plan_attention(*tree([(1000, [31_000])]), CPU).batches
+    assert tuple(batch.queries.shape) == (1, 32_000) and batch.mask is None
 
 
 @pytest.mark.parametrize("scaled", [False, True])
