@@ -36,9 +36,9 @@ class PolicyOptimizer:
         assert len(self._megatron.chained_optimizers) == 1, "a dense model has one Megatron optimizer"
         self._parts = self._megatron.chained_optimizers[0]
         adam = type(self._adam)
-        if adam is torch.optim.AdamW:
+        if adam is torch.optim.AdamW:  # Megatron asks for torch's default, which goes through memory once an operation
             for group in self._adam.param_groups:
-                group["fused"] = True  # one pass over the weights instead of eight; Megatron does not ask for it
+                group |= {"fused": True, "foreach": False}
         if dist.get_rank() == 0:
             log.info("optimizer: %s.%s, %s", adam.__module__, adam.__name__, type(self._parts).__name__)
 
@@ -47,15 +47,19 @@ class PolicyOptimizer:
         return self._parts.optimizer
 
     def reset(self) -> None:
-        """Forget the moments and the step count, as if just built. apex and TransformerEngine keep the count in the group."""
-        self._adam.state.clear()
+        """Forget the moments and the step count, as if just built; the memory stays, because new pages cost more than
+        zeros. apex and TransformerEngine keep the count in the group."""
+        for state in self._adam.state.values():
+            for value in state.values():
+                if torch.is_tensor(value):
+                    value.zero_()
         for group in self._adam.param_groups:
             group.pop("step", None)
 
     @property
-    def num_moments(self) -> int:
-        """Parameters (or shards) that have moments; 0 after `reset`."""
-        return len(self._adam.state)
+    def moments(self) -> list[torch.Tensor]:
+        """Everything Adam remembers, step counts included; empty before the first step, zeros after `reset`."""
+        return [value for state in self._adam.state.values() for value in state.values() if torch.is_tensor(value)]
 
     def zero_grad(self) -> None:
         for chunk in self.wrapped:

@@ -149,7 +149,6 @@ class Trainer:
         Raises MegatronRLError, on every rank, before an optimizer step whose loss or gradient is not finite."""
         epochs = self.config.training.epochs
         assert reference is not None or len(batch.minibatches) * epochs == 1, "an iteration of several steps needs a reference"
-        assert not objective.needs_whole_groups, "the planner splits groups that exceed training.max_tokens_per_micro_batch"
         self.optimizer.reset()
         sums, norms = Sums(), []
         for _ in range(epochs):
