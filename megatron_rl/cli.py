@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -225,6 +226,8 @@ def _start_logging() -> None:
     if console.is_terminal:
         handler, pattern = RichHandler(console=console, show_path=False, highlighter=None), "%(message)s"
     logging.basicConfig(level=logging.INFO, format=pattern, handlers=[handler])
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # it prints its whole configuration at INFO
+    warnings.filterwarnings("ignore", module="megatron", category=UserWarning)  # "Apex is not installed": doctor says it
 
 
 def _wide_console() -> Console:

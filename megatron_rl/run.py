@@ -97,6 +97,8 @@ def open_run(config: Config) -> Iterator[Run]:
     check_model(config, model)
     ranks = parallel.initialize(config)
     check_world(config, ranks.world_size)
+    if ranks.rank:
+        logging.getLogger().setLevel(logging.WARNING)  # what all ranks would say, rank 0 says
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
         runner = stack.enter_context(asyncio.Runner())
