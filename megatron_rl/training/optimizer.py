@@ -47,18 +47,15 @@ class PolicyOptimizer:
         return self._parts.optimizer
 
     def reset(self) -> None:
-        """Forget the moments and the step count, as if just built; the memory stays, because new pages cost more than
-        zeros. apex and TransformerEngine keep the count in the group."""
-        for state in self._adam.state.values():
-            for value in state.values():
-                if torch.is_tensor(value):
-                    value.zero_()
+        """Forget the moments and the step count, as if just built. Their memory is free until the first step, while
+        activations need it. apex and TransformerEngine keep the count in the group."""
+        self._adam.state.clear()
         for group in self._adam.param_groups:
             group.pop("step", None)
 
     @property
     def moments(self) -> list[torch.Tensor]:
-        """Everything Adam remembers, step counts included; empty before the first step, zeros after `reset`."""
+        """Everything Adam remembers, step counts included; empty before the first step and after `reset`."""
         return [value for state in self._adam.state.values() for value in state.values() if torch.is_tensor(value)]
 
     def zero_grad(self) -> None:
