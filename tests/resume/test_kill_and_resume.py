@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from examples.quickstart.make_model import make_model
 from megatron_rl.rollout.buffer import ReplayBuffer
+from tests.resume.recipe import write_recipe
 
 KILL_POINTS = (
     "generating",
@@ -60,43 +59,9 @@ def zygote() -> Iterator[Zygote]:
     z.process.wait(30)
 
 
-def end_often(model: Path) -> None:
-    """Scale the end token's embedding, so that a random model ends its answers at different lengths."""
-    weights = load_file(model / "model.safetensors")
-    end = json.loads((model / "config.json").read_text())["eos_token_id"]
-    weights["model.embed_tokens.weight"][end] *= 6
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    make_model(folder / "model", family="qwen3", hidden=32, layers=2, seed=0)
-    end_often(folder / "model")
-    prompts = [{"prompt": f"{a}+{b}=", "answer": ""} for a in range(6) for b in range(6)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
-    settings: dict[str, Any] = {
-        "run": {"folder": "unset", "iterations": ITERATIONS, "threads": 1},
-        "model": {"folder": str(folder / "model"), "dtype": "float32"},
-        "data": {"source": "jsonl", "path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 64},
-        "rollout": {
-            "group_size": 3,
-            "groups_per_iteration": 64,
-            "max_open_groups": 6,
-            "token_budget": 5,
-            "max_response_tokens": 8,
-            "commit_tokens": 2,
-            "embedded": {"kv_bytes": 4_000_000, "max_running": 16, "batch_sizes": [16]},
-        },
-        # right is a response without a letter from a to m: a random model is now right, now wrong
-        "rewards": {"terms": [{"name": "regex", "options": {"pattern": "^[^a-m]*$()"}}]},
-        "algorithm": {"tau": 0.5},
-        "training": {"epochs": 2, "max_tokens_per_micro_batch": 256, "optimizer": {"lr": 1e-3}},
-        "report": {"tensorboard": False},
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return write_recipe(tmp_path_factory.mktemp("resume"), iterations=ITERATIONS)
 
 
 def outcome(folder: Path) -> dict[str, Any]:

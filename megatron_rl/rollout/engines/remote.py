@@ -69,8 +69,8 @@ class EngineServer:
                 answer = asyncio.create_task(self._answer(call, message, writer))
                 calls.add(answer)
                 answer.add_done_callback(partial(self._answered, calls, task))
-        except (asyncio.IncompleteReadError, ConnectionError, EngineError):
-            pass  # the other side has gone or talks nonsense; what it asked for is aborted below
+        except (asyncio.IncompleteReadError, ConnectionError, EngineError, asyncio.CancelledError):
+            pass  # gone, talking nonsense, or ended by `close`; what it asked for is aborted below. Nobody awaits this task
         finally:
             for left in (alive, *calls):
                 left.cancel()
