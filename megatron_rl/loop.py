@@ -65,7 +65,7 @@ def _train(run: Run, groups: list[Group], seconds: dict[str, float]) -> dict[str
     """The training phase: reference = weights at its start, optimizer state reset, new weights to the engines."""
     master, trainer = run.master, run.trainer
     sequences = master.sequences(groups, run.version) if master else None
-    batch = trainer.distribute(sequences)
+    batch = trainer.distribute(sequences, run.version)
     reference = None
     if run.config.steps_per_iteration > 1:  # with one step the log-ratio is zero, see paper 2.3.2
         with _timed(run, seconds, "reference"):

@@ -48,7 +48,7 @@ class TrainingBatch:
     """An iteration's batch as one data-parallel rank trains it."""
 
     minibatches: tuple[tuple[PackedBatch, ...], ...]  # one optimizer step each
-    weight_version: int  # newest among the batch's tokens: what `mismatch/*` compares with
+    weight_version: int  # of the weights at hand: tokens sampled from them make `mismatch/*`, older ones `drift/*`
     num_trained_tokens: int  # over all ranks, in one pass
     num_packed_tokens: int  # over all ranks, in one pass: rows computed, padding included
     num_micro_batches: int  # over all ranks, in one pass
@@ -89,17 +89,19 @@ class Trainer:
         """Full tensors under their Hugging Face names, at most `bucket_bytes` at a time, equal on all ranks."""
         return hf.export_buckets(self.chunks, bucket_bytes)
 
-    def distribute(self, minibatches: Sequence[Sequence[TrainingSequence]] | None) -> TrainingBatch:
+    def distribute(
+        self, minibatches: Sequence[Sequence[TrainingSequence]] | None, weight_version: int | None = None
+    ) -> TrainingBatch:
         """Rank 0 plans each optimizer step's sequences into micro-batches and sends every rank its own; the other ranks'
-        argument is ignored."""
+        `minibatches` is ignored. `weight_version` is that of the weights at hand; None takes the batch's newest."""
         batches: list[TrainingBatch] | None = None
         if self.is_master:
             assert minibatches is not None, "rank 0 must be given the batch"
-            by_replica = self._plan(minibatches)
+            by_replica = self._plan(minibatches, weight_version)
             batches = [by_replica[replica] for replica in self._replicas]
         return self._messages.scatter(batches)
 
-    def _plan(self, minibatches: Sequence[Sequence[TrainingSequence]]) -> list[TrainingBatch]:
+    def _plan(self, minibatches: Sequence[Sequence[TrainingSequence]], weight_version: int | None) -> list[TrainingBatch]:
         """The batch of each data-parallel rank."""
         t = self.config.training
         num_replicas = max(self._replicas) + 1
@@ -115,10 +117,11 @@ class Trainer:
             for sequences in minibatches
         ]
         packs = [pack for by_replica in planned for own in by_replica for pack in own]
+        newest = max((int(pack.weight_versions.max(initial=0)) for pack in packs), default=0)
         return [
             TrainingBatch(
                 minibatches=tuple(tuple(by_replica[replica]) for by_replica in planned),
-                weight_version=max((int(pack.weight_versions.max(initial=0)) for pack in packs), default=0),
+                weight_version=newest if weight_version is None else weight_version,
                 num_trained_tokens=sum(len(pack.targets) for pack in packs),
                 num_packed_tokens=sum(len(pack.token_ids) for pack in packs),
                 num_micro_batches=len(packs),
