@@ -63,11 +63,10 @@ def set_up(venv: Path, torch_requirement: str) -> None:
         make_venv(venv)
     torch = importable_torch(python)
     if torch:
-        print(f"set-up: torch {torch} is there and used; fetching up to {PACKAGES_MB} MB of other packages")
+        print(f"set-up: torch {torch} is there and used; to fetch: at most {PACKAGES_MB} MB of other packages")
     else:
-        print(
-            f"set-up: fetching {torch_requirement} (about {TORCH_MB} MB for a CPU build) and {PACKAGES_MB} MB of other packages"
-        )
+        print(f"set-up: to fetch: {torch_requirement} ({TORCH_MB} MB if a CPU build) and {PACKAGES_MB} MB of other packages")
+        print("set-up: [1/3] torch", flush=True)
         pip(python, torch_requirement)
         torch = importable_torch(python)
         if not torch:
