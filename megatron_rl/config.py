@@ -97,12 +97,13 @@ class RolloutConfig(Section):
     engine: Literal["embedded"] = setting("embedded", "what generates", ours=True)
     group_size: Positive = setting(8, "k: trajectories of one prompt drawn together", ours=True)
     groups_per_iteration: Positive = setting(doc="complete groups that end a rollout phase and make a batch")
+    min_groups: Positive = setting(1, "complete groups a batch needs; fewer wait for a later iteration", ours=True)
     max_open_groups: Positive | None = setting(None, "unfinished groups at most; default twice groups_per_iteration", ours=True)
     token_budget: Positive = setting(doc="tokens a trajectory may add in one iteration; the rest waits in the buffer [tokens]")
     max_response_tokens: Positive = setting(doc="tokens of a whole response; beyond it the trajectory ends as `length` [tokens]")
     max_segments: Positive = setting(8, "segments of one trajectory; at the last it ends as `length`", ours=True)
     max_staleness: Positive = setting(
-        8, "iterations between now and a group's oldest loss-bearing token; beyond it the group is dropped", ours=True
+        8, "weight versions since a group's oldest loss-bearing token; beyond it the group is dropped", ours=True
     )
     temperature: float = setting(1.0, "sampling temperature, also applied by the trainer", gt=0, ours=True)
     top_p: float = setting(1.0, "nucleus sampling; 1 is off", gt=0, le=1, ours=True)
@@ -304,6 +305,8 @@ def _check(c: Config) -> None:
     r, t = c.rollout, c.training
     if r.group_size < 2:
         raise ConfigError(f"rollout.group_size={r.group_size}: a group baseline needs at least 2 trajectories; set 2 or more")
+    if r.min_groups > r.groups_per_iteration:
+        raise ConfigError(f"rollout.min_groups={r.min_groups}: more than rollout.groups_per_iteration={r.groups_per_iteration}; lower it")
     if r.token_budget * r.max_segments < r.max_response_tokens:
         raise ConfigError(
             f"rollout.token_budget={r.token_budget} times rollout.max_segments={r.max_segments} is less than "
@@ -312,7 +315,7 @@ def _check(c: Config) -> None:
     if r.max_staleness + 1 < r.max_segments:
         raise ConfigError(
             f"rollout.max_staleness={r.max_staleness}: a trajectory of rollout.max_segments={r.max_segments} segments is "
-            f"{r.max_segments - 1} iterations old and would be dropped; set it to at least {r.max_segments - 1}"
+            f"{r.max_segments - 1} versions old and would be dropped; set it to at least {r.max_segments - 1}"
         )
     if not r.embedded.batch_sizes or sorted(set(r.embedded.batch_sizes)) != list(r.embedded.batch_sizes):
         raise ConfigError(

@@ -86,8 +86,8 @@ class Rollout:
     async def run(self, iteration: int, weight_version: int) -> list[Group]:
         """One phase. Returns the batch: at most `groups_per_iteration` complete groups, oldest first; the surplus stays.
 
-        Empty when no group is complete, when a later phase has begun already, or after `stop`. Raises EngineError or
-        RewardError, naming engine and trajectories, for a dead engine or a missed deadline; what was generated is kept."""
+        Empty when fewer than `min_groups` are complete, when a later phase has begun already, or after `stop`. Raises
+        EngineError or RewardError, naming engine and trajectories, for a dead engine or a missed deadline; what was generated is kept."""
         if self.is_stopping or not self.buffer.begin_phase(iteration):
             return []
         self._phase = _Phase(self, iteration, weight_version)
@@ -95,7 +95,10 @@ class Rollout:
             complete = await self._phase.run()
         finally:
             self._phase = None
-        return [] if self.is_stopping else complete[: self.config.rollout.groups_per_iteration]
+        settings = self.config.rollout
+        if self.is_stopping or len(complete) < settings.min_groups:
+            return []
+        return complete[: settings.groups_per_iteration]
 
     def stop(self) -> None:
         """SIGTERM, on the event loop: no more requests, now or later; `run` commits all tokens and returns []."""
@@ -304,7 +307,7 @@ class _Phase:
 
     def _is_stale(self, group: Group) -> bool:
         oldest = oldest_loss_version(group, self.rollout.config.algorithm.loss_segments, self.weight_version)
-        return oldest is not None and self.iteration - oldest > self.settings.max_staleness
+        return oldest is not None and self.weight_version - oldest > self.settings.max_staleness
 
     def _drop_stale(self, group: Group) -> None:
         self.buffer.drop([t.id for t in group.trajectories], DropReason.STALE, self.iteration)

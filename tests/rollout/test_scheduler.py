@@ -132,6 +132,21 @@ def test_a_group_as_old_as_allowed_is_trained(buffer: ReplayBuffer):
     assert [g.id for g in run(rollout(buffer, FakeEngine(lambda t: 6), settings), 3, version=3)] == [0]
 
 
+def test_iterations_that_train_nothing_do_not_age_a_group(buffer: ReplayBuffer):
+    buffer.draw(prompt(0), 2, 0)
+    for t in (0, 1):
+        finish(buffer, t, iteration=0)
+    settings = config(groups_per_iteration=1, max_open_groups=1, max_staleness=1, max_segments=2, token_budget=20)
+    assert [g.id for g in run(rollout(buffer, FakeEngine(lambda t: 6), settings), 50, version=1)] == [0]
+
+
+def test_too_few_complete_groups_wait_for_a_later_iteration(buffer: ReplayBuffer):
+    settings = config(groups_per_iteration=2, min_groups=2, max_open_groups=1, token_budget=20)
+    phase = rollout(buffer, FakeEngine(lambda t: 6 if t < 2 else 30), settings)
+    assert run(phase, 0) == []  # group 0 is complete, group 1 has spent its budget
+    assert [g.id for g in run(phase, 1)] == [0, 1]
+
+
 def test_with_last_segments_only_old_tokens_do_not_make_a_group_stale(buffer: ReplayBuffer):
     settings = config(groups_per_iteration=1, max_open_groups=1, token_budget=10, max_staleness=1, loss_segments="last")
     phase = rollout(buffer, FakeEngine(lambda t: 25), settings)
