@@ -306,7 +306,9 @@ def _check(c: Config) -> None:
     if r.group_size < 2:
         raise ConfigError(f"rollout.group_size={r.group_size}: a group baseline needs at least 2 trajectories; set 2 or more")
     if r.min_groups > r.groups_per_iteration:
-        raise ConfigError(f"rollout.min_groups={r.min_groups}: more than rollout.groups_per_iteration={r.groups_per_iteration}; lower it")
+        raise ConfigError(
+            f"rollout.min_groups={r.min_groups}: more than rollout.groups_per_iteration={r.groups_per_iteration}; lower it"
+        )
     if r.token_budget * r.max_segments < r.max_response_tokens:
         raise ConfigError(
             f"rollout.token_budget={r.token_budget} times rollout.max_segments={r.max_segments} is less than "

@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from megatron_rl.config import Config
 from megatron_rl.orders import Order
 from megatron_rl.run import Run, open_run
+from megatron_rl.training.cpu import return_freed_memory
 from megatron_rl.types import Group
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ def _order(run: Run, groups: list[Group]) -> Order:
 def _train(run: Run, groups: list[Group], seconds: dict[str, float]) -> dict[str, float]:
     """The training phase: reference = weights at its start, optimizer state reset, new weights to the engines."""
     master, trainer = run.master, run.trainer
+    run.serving.release()
+    return_freed_memory()
     sequences = master.sequences(groups, run.version) if master else None
     batch = trainer.distribute(sequences, run.version)
     reference = None
@@ -72,6 +75,7 @@ def _train(run: Run, groups: list[Group], seconds: dict[str, float]) -> dict[str
             reference = trainer.log_probs(batch)
     with _timed(run, seconds, "train"):
         stats = trainer.step(batch, run.objective, reference)
+    return_freed_memory()
     run.check_mismatch(stats)
     with _timed(run, seconds, "publish"):
         run.publish(run.version + 1)

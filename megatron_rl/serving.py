@@ -35,7 +35,7 @@ class Serving:
     """`engines` are all of them, on rank 0 only; `local` is this rank's, if it serves. Collective to build and to load."""
 
     def __init__(self, config: Config, model: ModelConfig, launch: Launch, runner: asyncio.Runner) -> None:
-        self._runner = runner
+        self._runner, self._keeps_kv = runner, config.rollout.kv_policy == "keep"
         self.local: EmbeddedEngine | None = None
         self._server: _ServerThread | None = None
         hosts = _gathered(socket.gethostname())
@@ -51,11 +51,19 @@ class Serving:
             self._remote = [runner.run(RemoteEngine.connect(*address, silence_s=silence_s)) for address in found]
         self.engines: list[Engine] = [*([self.local] if self.local else []), *self._remote]
 
+    def release(self) -> None:
+        """Lend this rank's engine memory to the training phase (paper 2.6.3); `load_weights` takes it back. KV that the policy
+        keeps stays."""
+        if self.local:
+            tags = ("weights",) if self._keeps_kv else ("weights", "kv_cache")
+            self._runner.run(self.local.release_memory(tags))
+
     def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
         """Collective through `buckets`, so iterated in this thread: a rank without an engine drains them. On rank 0 it
         returns when every engine has reached `version`."""
         if self.local:
             self._runner.run(self.local.load_weights(buckets, version))
+            self._runner.run(self.local.resume_memory(("weights", "kv_cache")))
         else:
             for _ in buckets:
                 pass

@@ -85,9 +85,10 @@ class Rollout:
 
     async def run(self, iteration: int, weight_version: int) -> list[Group]:
         """One phase. Returns the batch: at most `groups_per_iteration` complete groups, oldest first; the surplus stays.
+        Empty when fewer than `min_groups` are complete, when a later phase has begun already, or after `stop`.
 
-        Empty when fewer than `min_groups` are complete, when a later phase has begun already, or after `stop`. Raises
-        EngineError or RewardError, naming engine and trajectories, for a dead engine or a missed deadline; what was generated is kept."""
+        Raises EngineError or RewardError, naming engine and trajectories, for a dead engine or a missed deadline; what was
+        generated is kept."""
         if self.is_stopping or not self.buffer.begin_phase(iteration):
             return []
         self._phase = _Phase(self, iteration, weight_version)

@@ -11,6 +11,7 @@ that another Megatron-Core fails here with a sentence instead of later with a wr
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import sys
@@ -65,6 +66,14 @@ def install() -> None:
 def device() -> torch.device:
     """Where this rank computes: its current CUDA device, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def return_freed_memory() -> None:
+    """glibc keeps freed blocks for the thread that had them; between a phase in the engine's thread and one in ours that is
+    gigabytes. Elsewhere than on glibc, and for a GPU's memory, nothing happens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _megatron_modules() -> list[types.ModuleType]:

@@ -114,12 +114,14 @@ class EmbeddedEngine:
         self.weight_version = version
 
     async def release_memory(self, tags: Sequence[str]) -> None:
+        """`kv_cache` and `weights`; weights come back with the next `load_weights`."""
         self._check_tags(tags)
-        await self._call(self._runner.release)
+        await self._call(lambda: self._runner.release(tags))
 
     async def resume_memory(self, tags: Sequence[str]) -> None:
         self._check_tags(tags)
-        await self._call(self._runner.allocate)
+        if "kv_cache" in tags:
+            await self._call(self._runner.allocate)
 
     async def snapshot_kv(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]:
         """Of those among `trajectory_ids` whose KV is held; the others are left out."""
@@ -174,9 +176,9 @@ class EmbeddedEngine:
             )
 
     def _check_tags(self, tags: Sequence[str]) -> None:
-        unknown = sorted(set(tags) - {"kv_cache"})
+        unknown = sorted(set(tags) - {"kv_cache", "weights"})
         if unknown:
-            raise EngineError(f"engine {self.name}: memory tag {unknown[0]!r} is unknown; the embedded engine has kv_cache")
+            raise EngineError(f"engine {self.name}: memory tag {unknown[0]!r} is unknown; there are kv_cache and weights")
 
     # Worker's side ----------------------------------------------------------------------------------------------------
 

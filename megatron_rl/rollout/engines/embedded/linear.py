@@ -24,6 +24,10 @@ class Linear:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         self._weight, self._bias = weight, bias
 
+    def clear(self) -> None:
+        """Give the memory back until the next `set`."""
+        self._weight = self._bias = None
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, in] -> [rows, out]"""
         assert self._weight is not None, "weights are loaded before the first forward pass"

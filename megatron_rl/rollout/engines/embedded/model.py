@@ -6,6 +6,7 @@ to. It computes no gradients and no loss; training has its own model. Weights co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,6 +71,12 @@ class CausalModel:
             for _ in range(config.num_layers)
         ]
         self._inverse_frequencies = config.inverse_frequencies().to(device)
+
+    def linears(self) -> Iterator[Linear]:
+        """All matrices but the embedding."""
+        for layer in self.layers:
+            yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+        yield self.head
 
     def forward(self, token_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
         """token_ids: int64 [tokens] -> hidden states before the head, [tokens, hidden]."""

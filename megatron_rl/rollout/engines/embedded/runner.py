@@ -65,15 +65,21 @@ class Runner:
         return self.scheduler.has_work
 
     def allocate(self) -> None:
+        """The KV cache, where it was released."""
         if self.cache is None:
             size = self.config.page_size
             self.cache = KVCache(self.model_config, self._num_pages, size, self._model.dtype, self._model.device)
 
-    def release(self) -> None:
-        """Give the KV tensors back; retained KV is lost."""
+    def release(self, tags: Sequence[str]) -> None:
+        """Give memory back: `kv_cache`, and with it retained KV, until `allocate`; `weights` until the next load."""
         self._refuse_while_running("release_memory")
-        self.drop_retained()
-        self.cache = None
+        if "kv_cache" in tags:
+            self.drop_retained()
+            self.cache = None
+        if "weights" in tags:
+            self.has_weights = False
+            for linear in self._model.linears():
+                linear.clear()
 
     def drop_retained(self) -> None:
         for trajectory_id in list(self.scheduler.retained):
