@@ -152,7 +152,6 @@ class Trainer:
         Raises MegatronRLError, on every rank, before an optimizer step whose loss or gradient is not finite."""
         epochs = self.config.training.epochs
         assert reference is not None or len(batch.minibatches) * epochs == 1, "an iteration of several steps needs a reference"
-        self.optimizer.reset()
         sums, norms = Sums(), []
         for _ in range(epochs):
             for i, minibatch in enumerate(batch.minibatches):
@@ -165,6 +164,7 @@ class Trainer:
                     sums=sums,
                 )
                 norms.append(self._optimizer_step(minibatch, surrogate))
+        self.optimizer.reset()  # the next iteration starts without moments; until then they would only hold memory
         return _metrics(sums.over_ranks(self._place.device), norms, batch)
 
     def _optimizer_step(self, minibatch: Sequence[PackedBatch], surrogate: Surrogate) -> float:

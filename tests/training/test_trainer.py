@@ -121,7 +121,7 @@ def test_an_iteration_starts_from_an_optimizer_without_a_past(folder, make_train
     first, second = flat(make_groups(seed=1)), flat(make_groups(seed=2))
     used, fresh = make_trainer(config), make_trainer(config)
     used.step(used.distribute([first]), MirrorDescent(TAU), None)
-    assert any(m.any() for m in used.optimizer.moments)
+    assert used.optimizer.moments == []
     used.load_hf(folder)
     used.step(used.distribute([second]), MirrorDescent(TAU), None)
     fresh.step(fresh.distribute([second]), MirrorDescent(TAU), None)
