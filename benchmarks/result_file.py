@@ -32,7 +32,15 @@ class Row:
     spread: Mapping[str, tuple[float, float]]  # lowest and highest of the repeats, by side
 
 
-def write_result(name: str, rows: Sequence[Row], *, ceilings: Mapping[str, float], packages: Sequence[str]) -> Path:
+def write_result(
+    name: str,
+    rows: Sequence[Row],
+    *,
+    ceilings: Mapping[str, float],
+    packages: Sequence[str],
+    curves: Mapping[str, Sequence[float]] | None = None,
+) -> Path:
+    """`curves`: what rows sum up, one list a run, e.g. correctness of every iteration."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=10
     )
@@ -45,6 +53,7 @@ def write_result(name: str, rows: Sequence[Row], *, ceilings: Mapping[str, float
         "command": " ".join(["python", *sys.argv]),
         "ceilings": dict(ceilings),
         "rows": [asdict(row) for row in rows],
+        **({"curves": {name: list(curve) for name, curve in curves.items()}} if curves else {}),
     }
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"

@@ -53,10 +53,12 @@ class Orders:
         try:
             self._store.wait([key], self._timeout)
             text = self._store.get(key)
-        except (dist.DistStoreError, dist.DistNetworkError) as e:
+        except dist.DistNetworkError as e:
+            raise EngineError(f"rank {self._rank}: rank 0 is gone; see its log for the cause") from e
+        except dist.DistStoreError as e:
             raise EngineError(
-                f"rank {self._rank}: no order {self._count} from rank 0 within rollout.phase_timeout_s="
-                f"{self._timeout.total_seconds():.0f}; see rank 0's log for the cause"
+                f"rank {self._rank}: no order from rank 0 within rollout.phase_timeout_s={self._timeout.total_seconds():.0f}; "
+                "see rank 0's log for what it waits for, or raise the setting"
             ) from e
         self._count += 1
         return Order(**json.loads(text))

@@ -32,7 +32,9 @@ NEW_TOKENS = 24
 @pytest.fixture(scope="module")
 def demo_model() -> Path:
     folder = ROOT / ".cache" / "smollm2"
-    subprocess.run([sys.executable, str(ROOT / "examples/smollm2/convert_model.py"), "--out", str(folder)], check=True, timeout=280)
+    subprocess.run(
+        [sys.executable, str(ROOT / "examples/smollm2/convert_model.py"), "--out", str(folder)], check=True, timeout=280
+    )
     return folder
 
 
