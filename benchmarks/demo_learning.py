@@ -57,6 +57,7 @@ def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
         "first": mean(curve[:quarter]),
         "last": mean(curve[-quarter:]),
         "mixed": mixed,
+        "peak_bytes": max((row.get("memory/peak_bytes", 0) for row in rows)),
         "seconds": sum(value for row in rows for key, value in row.items() if key.startswith("time/")),
         "evaluation": json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
     }
@@ -70,6 +71,7 @@ def rows_of(name: str, run: dict[str, Any]) -> list[Row]:
         gain(f"{name}: held-out, greedy, {after['n']} questions", after["mean"], before["mean"], "unaided model", intervals),
         gain(f"{name}: trained trajectories of two or more weight versions", run["mixed"], 0.10, "wanted at least"),
         gain(f"{name}: seconds in iterations", run["seconds"], 600.0, "allowed at most", unit="s"),
+        gain(f"{name}: peak memory", run["peak_bytes"] / 1e9, 4.0, "allowed at most", unit="GB"),
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,17 +47,18 @@ class Master:
         self.sampler = make_sampler(config.sampler, self.prompts.train, config.run.seed)
         self.buffer = ReplayBuffer(config.buffer_path, run_id=run_id)
         self.metrics = MetricsLog(config.run.folder, config.report.tensorboard)
+        self.progress = Progress(config.run.iterations)
+        self.rollout: Rollout | None = None
+        self.stopping = False
         if advice := network_advice(config.buffer_path):
             log.warning("%s", advice)
-        self.stopping = False
 
     def start(self, engines: Sequence[Engine], *, iteration: int, sampler_state: dict[str, Any] | None) -> None:
         """Continue from `iteration`: the metrics are cut back to it, draws go on where the buffer ends."""
         config = self.config
-        self.engines = engines
         self.sampler.restore(sampler_state or {}, self.buffer.num_drawn)
         self.metrics.cut_back(iteration)
-        self.progress = Progress(config.run.iterations, iteration)
+        self.progress.start_at(iteration)
         self.rollout = Rollout(self.buffer, engines, self.sampler, self.scorer, self.tokenizer, config, self.model)
         self.rollout.on_tokens = self._show_tokens
         last = self.buffer.last_batch_iteration()
@@ -75,6 +77,7 @@ class Master:
             return recorded
         if last is not None and iteration < last:
             return []
+        assert self.rollout is not None, "`start` comes first"
         self.sampler.begin(iteration)
         groups = self.runner.run(self.rollout.run(iteration, version))
         if groups and not self.stopping:
@@ -116,6 +119,7 @@ class Master:
             "tokens/generated": self.buffer.generated_tokens(iteration),
             **{f"trajectories/{state}": count for state, count in self.buffer.counts(iteration).items()},
             **stats,
+            "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of rank 0's process, so far
             **{f"time/{phase}_s": seconds.get(phase, 0.0) for phase in ("rollout", "reference", "train", "publish")},
         }
         self.metrics.write(row)
@@ -131,7 +135,8 @@ class Master:
     def stop(self) -> None:
         """Called from a signal handler: end the rollout phase early, its tokens committed."""
         self.stopping = True
-        self.runner.get_loop().call_soon_threadsafe(self.rollout.stop)
+        if self.rollout is not None:
+            self.runner.get_loop().call_soon_threadsafe(self.rollout.stop)
 
     def finish(self, *, is_over: bool, iteration: int) -> None:
         """The report, and what to do next."""

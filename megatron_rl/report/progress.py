@@ -40,6 +40,11 @@ class Progress:
             self._live = Live(get_renderable=self.line, console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
+    def start_at(self, iteration: int) -> None:
+        """The run goes on from here; time left is counted from now."""
+        self.first = self._iteration = iteration
+        self._start = time.monotonic()
+
     def phase(self, name: str, *, groups: int = 0) -> None:
         """A phase begins, one of PHASES. `groups`: complete groups that a rollout phase waits for."""
         self._phase, self._phase_start = name, time.monotonic()
