@@ -57,7 +57,7 @@ def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
         "first": mean(curve[:quarter]),
         "last": mean(curve[-quarter:]),
         "mixed": mixed,
-        "peak_bytes": max((row.get("memory/peak_bytes", 0) for row in rows)),
+        "peak_bytes": max(row.get("memory/peak_bytes", 0) for row in rows),
         "seconds": sum(value for row in rows for key, value in row.items() if key.startswith("time/")),
         "evaluation": json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
     }
