@@ -21,17 +21,23 @@ settings=("$here/config.yaml" "model.folder=$model" "run.folder=$run" "$@")
 
 recorded() { [[ -e "$run/evaluation.json" ]] && grep -q "\"$1\"" "$run/evaluation.json"; }
 
+# The same two commands before and after: greedily, and one sample a question.
+evaluate() {
+    "$bin/megatron-rl" eval "${settings[@]}" --model "$1" --record "$2"
+    "$bin/megatron-rl" eval "${settings[@]}" --model "$1" --record "$2" --sampled
+}
+
 [[ "$model" != .cache/smollm2 ]] || "$bin/python" "$here/convert_model.py" --out "$model"
 if [[ $# -eq 0 ]] && recorded after; then
     echo "This run is finished. To do another: --run FOLDER, or remove $run."
 else
-    recorded before || "$bin/megatron-rl" eval "${settings[@]}" --model "$model" --record before
+    recorded before || evaluate "$model" before
     "$bin/megatron-rl" train "${settings[@]}"
     if [[ ! -d "$run/hf" ]]; then
         echo "Stopped before the end; the same command goes on."
         exit 0
     fi
-    "$bin/megatron-rl" eval "${settings[@]}" --model "$run/hf" --record after
+    evaluate "$run/hf" after
     "$bin/megatron-rl" report "$run" >/dev/null
 fi
 echo "Report: $run/report.html    Model: $run/hf"
