@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import yaml
 from result_file import Row, write_result
 
 from megatron_rl.rollout.buffer import ReplayBuffer
@@ -40,16 +41,17 @@ def main() -> None:
 
 def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
     """Finish the run of a seed and read what it left."""
-    folder = ROOT / "runs" / f"demo_seed{seed}"
-    script = ROOT / "examples/smollm2/run.sh"
+    name = f"runs/demo_seed{seed}"
+    folder = ROOT / name
     if not (folder / "hf").is_dir():
-        subprocess.run([script, "--run", folder, f"run.seed={seed}", *overrides], check=True)
+        subprocess.run(["examples/smollm2/run.sh", "--run", name, f"run.seed={seed}", *overrides], check=True, cwd=ROOT)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = [row for row in rows if "reward/correct" in row]
     buffer = ReplayBuffer(folder / "buffer.sqlite", read_only=True)
     buffer.check()
     mixed = buffer.mixed_version_share()
     buffer.close()
+    threads = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["run"]["threads"]
     curve = [row["reward/correct"] for row in trained]
     quarter = len(curve) // 4
     return {
@@ -57,6 +59,7 @@ def measure(seed: int, overrides: list[str]) -> dict[str, Any]:
         "first": mean(curve[:quarter]),
         "last": mean(curve[-quarter:]),
         "mixed": mixed,
+        "threads": f" (run.threads={threads}, beside another run)" if threads else "",
         "peak_bytes": max(row.get("memory/peak_bytes", 0) for row in rows),
         "seconds": sum(value for row in rows for key, value in row.items() if key.startswith("time/")),
         "evaluation": json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
@@ -70,9 +73,19 @@ def rows_of(name: str, run: dict[str, Any]) -> list[Row]:
         gain(f"{name}: correctness while training, last quarter", run["last"], run["first"], "first quarter"),
         gain(f"{name}: held-out, greedy, {after['n']} questions", after["mean"], before["mean"], "unaided model", intervals),
         gain(f"{name}: trained trajectories of two or more weight versions", run["mixed"], 0.10, "wanted at least"),
-        gain(f"{name}: seconds in iterations", run["seconds"], 600.0, "allowed at most", unit="s"),
-        gain(f"{name}: peak memory", run["peak_bytes"] / 1e9, 4.0, "allowed at most", unit="GB"),
+        gain(f"{name}: seconds in iterations{run['threads']}", run["seconds"], 600.0, "allowed at most", unit="s"),
+        *(
+            [gain(f"{name}: peak memory", run["peak_bytes"] / 1e9, 4.0, "allowed at most", unit="GB")]
+            if run["peak_bytes"]
+            else []
+        ),
     ]
+
+
+def memory_rows(name: str, run: dict[str, Any]) -> list[Row]:
+    """None for a run whose metrics do not hold it."""
+    peak = run["peak_bytes"]
+    return [gain(f"{name}: peak memory", peak / 1e9, 4.0, "allowed at most", unit="GB")] if peak else []
 
 
 def mean_rows(runs: list[dict[str, Any]]) -> list[Row]:
@@ -85,22 +98,27 @@ def mean_rows(runs: list[dict[str, Any]]) -> list[Row]:
             mean(last),
             mean(first),
             "first quarter",
-            {"ours": (min(last), max(last)), "peer": (min(first), max(first))},
+            {"ours": _range(last), "peer": _range(first)},
         ),
         gain(
             f"mean of {len(runs)} seeds: held-out, greedy",
             mean(after),
             mean(before),
             "unaided model",
-            {"ours": (min(after), max(after)), "peer": (min(before), max(before))},
+            {"ours": _range(after), "peer": _range(before)},
         ),
     ]
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    return round(min(values), 4), round(max(values), 4)
 
 
 def gain(
     case: str, ours: float, peer: float, peer_name: str, spread: dict[str, tuple[float, float]] | None = None, unit: str = "share"
 ) -> Row:
-    return Row(case, unit, ours, peer, peer_name, None, ours / peer, None, spread or {})
+    ours, peer = round(ours, 4), round(peer, 4)
+    return Row(case, unit, ours, peer, peer_name, None, round(ours / peer, 3), None, spread or {})
 
 
 if __name__ == "__main__":

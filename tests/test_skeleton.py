@@ -108,7 +108,7 @@ def test_the_command_line_says_what_it_can_do() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/config.yaml")), ids=lambda path: path.parent.name)
 def test_example_configs_are_valid(path: Path) -> None:
-    configuration.load(path)
+    assert configuration.load(path).run.folder.parts[0] == "runs"
 
 
 @pytest.mark.parametrize("path", [*sorted(ROOT.glob("examples/*/*.sh")), ROOT / "examples/launch/slurm.sbatch", ROOT / ".ci/run"])

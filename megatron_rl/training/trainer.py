@@ -54,6 +54,11 @@ class TrainingBatch:
     num_micro_batches: int  # over all ranks, in one pass
 
 
+# Packs are padded to whole blocks of rows: kernels like them, and oneDNN keeps a compiled matmul, with its memory, for every
+# number of rows it has met.
+ROWS = 64
+
+
 class Trainer:
     """`torch.distributed` and Megatron's parallel state must be initialised (`parallel.initialize`). The weights are unset
     until `load_hf` or `checkpoint.load`."""
@@ -110,7 +115,7 @@ class Trainer:
                 sequences,
                 max_tokens=t.max_tokens_per_micro_batch,
                 share_prompts=t.share_prompts,
-                multiple=t.context_parallel * (t.tensor_parallel if t.sequence_parallel else 1),
+                multiple=math.lcm(ROWS, t.context_parallel * (t.tensor_parallel if t.sequence_parallel else 1)),
                 data_parallel=num_replicas,
                 micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline else 1,
             )

@@ -77,7 +77,7 @@ def test_a_save_starts_no_process(make_trainer: MakeTrainer, tmp_path: Path, mon
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
     trainer = make_trainer(make_config(make_model(tmp_path / "model")))
-    checkpoint.load(trainer, checkpoint.save(trainer, tmp_path, 1, {}, keep=1))
+    assert checkpoint.load(trainer, checkpoint.save(trainer, tmp_path, 1, {"position": 1}, keep=1)) == {"position": 1}
 
 
 def damage_state(path: Path) -> None:
