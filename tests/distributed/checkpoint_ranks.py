@@ -6,7 +6,6 @@ Forked after the imports, as in `launch.py`. What they find goes to FOLDER/resul
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import socket
 import sys
@@ -26,6 +25,7 @@ from megatron_rl.weights import atomic, hf, sharded
 from megatron_rl.weights.convert import convert
 from megatron_rl.weights.folder import write_model_folder
 from tests.distributed.launch import place_again
+from tests.distributed.ranks import run_ranks
 from tests.training.material import flat, make_config, make_groups
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -175,17 +175,7 @@ def main() -> int:
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
         s.close()
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run_rank, args=(rank, ports, Path(sys.argv[1]))) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    while any(process.is_alive() for process in ranks):
-        for process in ranks:
-            process.join(0.2)
-        if any(process.exitcode not in (None, 0) for process in ranks):  # the other would wait for it
-            for process in ranks:
-                process.terminate()
-    return max(abs(process.exitcode or 0) for process in ranks)
+    return run_ranks(run_rank, [(rank, ports, Path(sys.argv[1])) for rank in range(2)])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ to FOLDER/results_RANKS.pt. The ranks join through the same `parallel.initialize
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -17,6 +16,7 @@ from megatron.core import parallel_state
 
 from megatron_rl.training import parallel
 from tests.distributed.layouts import LAYOUTS, MAX_TOKENS, config_of, refuse, round_trip, train
+from tests.distributed.ranks import run_ranks
 from tests.training.material import make_config
 
 
@@ -52,17 +52,7 @@ def main() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run_rank, args=(rank, num_ranks, port, folder)) for rank in range(num_ranks)]
-    for process in ranks:
-        process.start()
-    while any(process.is_alive() for process in ranks):
-        for process in ranks:
-            process.join(0.2)
-        if any(process.exitcode not in (None, 0) for process in ranks):  # the others would wait for it
-            for process in ranks:
-                process.terminate()
-    return max(abs(process.exitcode or 0) for process in ranks)
+    return run_ranks(run_rank, [(rank, num_ranks, port, folder) for rank in range(num_ranks)])
 
 
 if __name__ == "__main__":
