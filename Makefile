@@ -1,4 +1,5 @@
 # demo: the real thing on this machine    test: all tests    lint: style and types    bench: speed against peers    clean
+# compile-cuda: every .cu file, where nvcc is (part of test there)
 #
 # PYTHON  the Python that makes the environment          MODEL  folder of another Hugging Face model for the demo
 # VENV    where the environment goes                     TORCH  what to install where no torch in range is importable
@@ -9,14 +10,24 @@ TORCH ?= torch==2.13.0
 MODEL ?=
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench clean setup
+CUDA_OBJECTS := $(patsubst csrc/%.cu,build/cuda/%.o,$(wildcard csrc/*/*.cu))
+KERNEL_SOURCES := setup.py $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: demo test lint bench clean setup compile-cuda
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
 	@VENV="$(VENV)" examples/smollm2/run.sh $(if $(MODEL),--model "$(MODEL)")
 
-test: $(READY)
+test: $(READY) $(if $(shell command -v nvcc),compile-cuda)
 	$(VENV)/bin/python -m pytest
+
+# Every .cu file for Ampere and Hopper, wherever nvcc is found: no GPU is needed to see that they compile.
+compile-cuda: $(CUDA_OBJECTS)
+
+build/cuda/%.o: csrc/%.cu $(wildcard csrc/*/*.h csrc/*/*.cuh)
+	@mkdir -p $(dir $@)
+	nvcc -std=c++17 -O3 -Icsrc -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a -c $< -o $@
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -30,7 +41,7 @@ bench: $(READY)
 
 setup: $(READY)
 
-$(READY): tools/set_up.py requirements/cpu.txt requirements/constraints-cpu.txt pyproject.toml
+$(READY): tools/set_up.py requirements/cpu.txt requirements/constraints-cpu.txt pyproject.toml $(KERNEL_SOURCES)
 	@command -v $(PYTHON) >/dev/null || { echo "set-up: no $(PYTHON) here. Install it with: apt-get install python3 python3-venv python3-dev gcc"; exit 1; }
 	@$(PYTHON) tools/set_up.py "$(VENV)" --torch "$(TORCH)"
 	@touch $@

@@ -31,3 +31,7 @@ class BufferFileError(MegatronRLError, RuntimeError):
 
 class CheckpointError(MegatronRLError, RuntimeError):
     """A checkpoint cannot be written or read."""
+
+
+class KernelError(MegatronRLError, ValueError):
+    """The compiled kernels cannot be loaded, or were given an argument they cannot work on."""
