@@ -15,7 +15,7 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     sys.exit(
-        "megatron_rl: torch cannot be imported here, and its kernels are built against it. Install torch first (>= 2.11, < 2.14), "
+        "megatron_rl: torch cannot be imported here, and its kernels are built against it. Install torch >= 2.11, < 2.14 first, "
         "then this package with: pip install --no-build-isolation ."
     )
 

@@ -14,7 +14,7 @@ from megatron_rl.errors import KernelError
 REBUILD = "build them with `pip install --no-build-isolation -e .` in the project's folder (g++ needed: apt-get install g++)"
 
 try:
-    from megatron_rl.kernels import _state as state
+    import megatron_rl.kernels._state as state
 except ImportError as e:
     raise KernelError(f"megatron_rl's compiled kernels cannot be loaded ({e}); {REBUILD}") from e
 
@@ -24,7 +24,7 @@ def load_operators(built_with: str = state.built_with_torch, running: str = torc
     if built_with != running:
         raise KernelError(f"megatron_rl's kernels were built with torch {built_with}, running is torch {running}; {REBUILD}")
     try:
-        from megatron_rl.kernels import _ops
+        import megatron_rl.kernels._ops as operators
     except ImportError as e:
         raise KernelError(f"megatron_rl's compiled operators cannot be loaded ({e}); {REBUILD}") from e
-    return _ops
+    return operators

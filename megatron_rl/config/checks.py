@@ -1,0 +1,108 @@
+"""The rules between settings. Each message: setting=value, rule, remedy.
+
+`check` needs nothing but the settings, `check_world` the number of ranks, `check_model` the model's shape.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_rl.config.sections import Config, DataConfig
+from megatron_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_rl.model_config import ModelConfig
+
+
+def check(c: Config) -> None:
+    """The rules that need neither ranks nor model."""
+    r, t = c.rollout, c.training
+    if r.group_size < 2:
+        raise ConfigError(f"rollout.group_size={r.group_size}: a group baseline needs at least 2 trajectories; set 2 or more")
+    if r.min_groups > r.groups_per_iteration:
+        raise ConfigError(
+            f"rollout.min_groups={r.min_groups}: more than rollout.groups_per_iteration={r.groups_per_iteration}; lower it"
+        )
+    if r.token_budget * r.max_segments < r.max_response_tokens:
+        raise ConfigError(
+            f"rollout.token_budget={r.token_budget} times rollout.max_segments={r.max_segments} is less than "
+            f"rollout.max_response_tokens={r.max_response_tokens}: long responses could never end; raise one of the first two"
+        )
+    if r.max_staleness + 1 < r.max_segments:
+        raise ConfigError(
+            f"rollout.max_staleness={r.max_staleness}: a trajectory of rollout.max_segments={r.max_segments} segments is "
+            f"{r.max_segments - 1} versions old and would be dropped; set it to at least {r.max_segments - 1}"
+        )
+    if not r.embedded.batch_sizes or sorted(set(r.embedded.batch_sizes)) != list(r.embedded.batch_sizes):
+        raise ConfigError(
+            f"rollout.embedded.batch_sizes={list(r.embedded.batch_sizes)}: must hold at least one size and rise strictly"
+        )
+    if r.embedded.batch_sizes[-1] < r.embedded.max_running:
+        raise ConfigError(
+            f"rollout.embedded.max_running={r.embedded.max_running}: larger than the last of "
+            f"rollout.embedded.batch_sizes={list(r.embedded.batch_sizes)}; add that size"
+        )
+    if t.virtual_pipeline and t.pipeline_parallel < 2:
+        raise ConfigError(f"training.virtual_pipeline={t.virtual_pipeline}: needs training.pipeline_parallel of at least 2")
+    if t.virtual_pipeline and not t.overlap_p2p_comm:
+        raise ConfigError(
+            "training.overlap_p2p_comm=false: with training.virtual_pipeline Megatron-Core 0.16 then computes a wrong loss "
+            "without an error; set it to true"
+        )
+    if t.sequence_parallel and t.tensor_parallel < 2:
+        raise ConfigError("training.sequence_parallel=true: needs training.tensor_parallel of at least 2")
+    if t.minibatches > r.groups_per_iteration:
+        raise ConfigError(
+            f"training.minibatches={t.minibatches}: more than rollout.groups_per_iteration={r.groups_per_iteration}; lower it"
+        )
+    _check_data(c.data)
+
+
+def _check_data(d: DataConfig) -> None:
+    if d.source == "reasoning_gym" and not d.task:
+        raise ConfigError("data.task: required when data.source is reasoning_gym, e.g. basic_arithmetic")
+    if d.source != "reasoning_gym" and d.path is None:
+        raise ConfigError(f"data.path: required when data.source is {d.source}")
+
+
+def check_world(c: Config, world_size: int) -> None:
+    """The rules that need the number of ranks."""
+    t = c.training
+    block = t.tensor_parallel * t.pipeline_parallel * t.context_parallel
+    if world_size % block:
+        raise ConfigError(
+            f"training.tensor_parallel={t.tensor_parallel} x pipeline_parallel={t.pipeline_parallel} x "
+            f"context_parallel={t.context_parallel} = {block} does not divide the {world_size} ranks; start a multiple of {block}"
+        )
+    if c.rollout.embedded.ranks and c.rollout.embedded.ranks > world_size:
+        raise ConfigError(f"rollout.embedded.ranks={c.rollout.embedded.ranks}: there are only {world_size} ranks")
+
+
+def check_model(c: Config, model: ModelConfig) -> None:
+    """The rules that need the model's shape."""
+    t, r = c.training, c.rollout
+    tp, cp, stages = t.tensor_parallel, t.context_parallel, t.pipeline_parallel * (t.virtual_pipeline or 1)
+    if model.num_heads % tp:
+        raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's {model.num_heads} attention heads")
+    if max(model.num_kv_heads, tp) % min(model.num_kv_heads, tp):
+        raise ConfigError(
+            f"training.tensor_parallel={tp}: must divide, or be a multiple of, the model's {model.num_kv_heads} KV heads"
+        )
+    if (model.num_heads // tp) % cp:
+        raise ConfigError(
+            f"training.context_parallel={cp}: must divide the {model.num_heads // tp} attention heads of a tensor-parallel rank"
+        )
+    if model.num_layers % stages:
+        raise ConfigError(
+            f"training.pipeline_parallel={t.pipeline_parallel} x virtual_pipeline={t.virtual_pipeline or 1}: "
+            f"must divide the model's {model.num_layers} layers"
+        )
+    if (model.num_heads + 2 * model.num_kv_heads) * model.head_dim % tp:
+        raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's fused query, key and value rows")
+    if model.ffn_size % tp:
+        raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's feed-forward size {model.ffn_size}")
+    if c.data.max_prompt_tokens + r.max_response_tokens > model.max_positions:
+        raise ConfigError(
+            f"data.max_prompt_tokens={c.data.max_prompt_tokens} + rollout.max_response_tokens={r.max_response_tokens}: "
+            f"more than the model's context of {model.max_positions}; lower one"
+        )

@@ -1,0 +1,88 @@
+"""From a YAML file and overrides to a frozen Config, and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_rl.config.checks import check
+from megatron_rl.config.sections import Config, Section
+from megatron_rl.errors import ConfigError
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply overrides `section.key=value` (values are YAML), check everything, freeze.
+
+    Raises ConfigError naming the key, what was found and the remedy."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot read the config file: {e.strerror}") from e
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not valid YAML: {e}") from e
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `run:` and `model:`, found {type(tree).__name__}")
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as e:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(dict(error)) for error in e.errors())) from e
+    check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {section} is not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value: {e}") from e
+
+
+def _explain(error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(where, [*Config.model_fields, *known_keys()], n=1, cutoff=0.0)
+        return f"{where}: no such setting; the nearest is {nearest[0]}"
+    if error["type"] == "missing":
+        return f"{where}: required and not set"
+    return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def known_keys() -> list[str]:
+    """All dotted settings, in the order of the file."""
+    return [key for key, _ in iter_settings(Config)]
+
+
+def iter_settings(section: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, pydantic FieldInfo) of every leaf setting."""
+    leaves: list[tuple[str, Any]] = []
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            leaves += iter_settings(kind, f"{prefix}{name}.")
+        else:
+            leaves.append((prefix + name, info))
+    return leaves
