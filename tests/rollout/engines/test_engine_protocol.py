@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from engine_scenarios import collect, joined, open_engine, prompt, request, run
+from engine_scenarios import collect, joined, kv_of, open_engine, prompt, request, run
 
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.engines import base
@@ -56,10 +56,21 @@ def test_protocol_is_frozen():
     """A change here is a change for every engine and for the wire; make it on purpose."""
     assert [f.name for f in fields(base.Sampling)] == ["temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids"]
     assert base.Sampling() == base.Sampling(1.0, 1.0, 0, 0.0, 0, ())
-    assert {kind.__name__: [f.name for f in fields(kind)] for kind in (base.Request, base.Chunk, base.KVSnapshot)} == {
+    assert {
+        kind.__name__: [f.name for f in fields(kind)] for kind in (base.Request, base.Chunk, base.KVSnapshot, base.KVUsage)
+    } == {
         "Request": ["trajectory_id", "token_ids", "max_new_tokens", "sampling", "weight_version", "kv_key"],
         "Chunk": ["trajectory_id", "token_ids", "log_probs", "weight_version", "kv_versions", "cached_tokens", "ending"],
-        "KVSnapshot": ["trajectory_id", "token_ids", "kv_versions", "keys", "values", "fingerprint"],
+        "KVSnapshot": ["trajectory_id", "token_ids", "kv_versions", "pages", "fingerprint"],
+        "KVUsage": [
+            "snapshot_bytes",
+            "snapshot_s",
+            "restore_s",
+            "spilled_bytes",
+            "restore_failures",
+            "drift_sum",
+            "drift_tokens",
+        ],
     }
     assert [f.name for f in fields(base.Capabilities)] == ["log_probs", "kv_snapshot", "memory_release", "streaming"]
     assert [e.value for e in Ending] == ["stop", "length", "budget", "repeat", "abort"]
@@ -72,6 +83,7 @@ def test_protocol_is_frozen():
         "resume_memory": ["tags"],
         "snapshot_kv": ["trajectory_ids"],
         "restore_kv": ["snapshots"],
+        "kv_usage": [],
         "health": [],
         "close": [],
     }
@@ -142,9 +154,9 @@ def test_abort_of_everything_ends_waiting_requests_too(kind, folder):
     run(scenario())
 
 
-def test_keeping_kv_reuses_it_and_records_its_version(kind, folder):
+def test_keeping_kv_reuses_it_and_records_its_version(kind, folder, tmp_path):
     async def scenario():
-        async with opened(kind, folder, kv_policy="keep", max_kv_age=1) as (engine, embedded):
+        async with opened(kind, folder, kv_folder=tmp_path, max_age=1) as (engine, embedded):
             context = prompt(0, 11)
             first = (await collect(engine, [request(0, context, 6, seed=1)]))[0]
             await publish(engine, embedded, folder, 1, factor=1.01)
@@ -180,27 +192,30 @@ def test_recompute_policy_drops_kv_and_equals_an_engine_that_never_had_it(kind, 
     run(scenario())
 
 
-def test_kv_snapshot_survives_the_release_of_the_cache(kind, folder):
+def test_kept_kv_survives_the_release_of_the_cache_and_continues_to_the_bit(kind, folder, tmp_path):
     async def scenario():
-        async with opened(kind, folder) as (engine, _):
+        async with opened(kind, folder, kv_folder=tmp_path) as (engine, embedded):
             context = prompt(0, 11)
             first = (await collect(engine, [request(0, context, 6, seed=1)]))[0]
             context += first.token_ids.tolist()
+            before = kv_of(embedded, 0)
             (snapshot,) = await engine.snapshot_kv([0, 77])
+            assert snapshot.token_ids.tolist() == context[:16] and snapshot.kv_versions.tolist() == [0] * 16
             await engine.release_memory(["kv_cache"])
             with pytest.raises(EngineError, match="released"):
                 await collect(engine, [request(0, context, 6)])
+            assert await engine.restore_kv([snapshot]) == [False], "nowhere to put it"
             await engine.resume_memory(["kv_cache"])
-            assert snapshot.keys.shape == (3, 16, 2, 12) and snapshot.token_ids.tolist() == context[:16]
-            foreign = base.KVSnapshot(**{**{f.name: getattr(snapshot, f.name) for f in fields(snapshot)}, "fingerprint": "no"})
-            assert await engine.restore_kv([foreign, snapshot]) == [False, True]
-            again = (await engine.snapshot_kv([0]))[0]
-            assert torch.equal(again.keys, snapshot.keys) and torch.equal(again.values, snapshot.values)
+            assert await engine.restore_kv([replace(snapshot, fingerprint="no")]) == [False]
+            assert await engine.restore_kv([snapshot, replace(snapshot, trajectory_id=5)]) == [True, False]
+            assert torch.equal(kv_of(embedded, 0), before)
+            assert (await engine.kv_usage()).restore_failures == 2
             second = (await collect(engine, [request(0, context, 40, seed=1)]))[0]
             assert second.cached_tokens == 16
         async with opened(kind, folder) as (engine, _):
             whole = (await collect(engine, [request(0, prompt(0, 11), 46, seed=1)]))[0]
         assert [*first.token_ids, *second.token_ids] == whole.token_ids.tolist()
+        assert [*first.log_probs, *second.log_probs] == whole.log_probs.tolist(), "same shapes, same bits"
 
     run(scenario())
 
