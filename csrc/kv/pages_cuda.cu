@@ -8,6 +8,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
+#include <type_traits>
 
 namespace megatron_rl::kv {
 namespace {
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(threads_per_block) copy_pages(const __grid_con
     }
 }
 
-// Four elements, the share of one thread in 128 of a row.
+// Four elements, the share of one thread in 128 of a row. Conversions are named: torch's builds switch the implicit ones off.
 __device__ float4 widen(uint2 four, const __nv_bfloat16*) {
     const float2 a = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&four.x));
     const float2 b = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&four.y));
@@ -103,11 +104,17 @@ __device__ float4 load_four(const uint8_t* from) {
 }
 
 template <class T>
+__device__ T narrow_to(float value) {
+    if constexpr (std::is_same_v<T, __half>) return __float2half_rn(value);
+    else return __float2bfloat16_rn(value);
+}
+
+template <class T>
 __device__ void store_four(uint8_t* to, float4 four) {
     if constexpr (sizeof(T) == 4) {
         __stcs(reinterpret_cast<float4*>(to), four);
     } else {
-        T narrow[4] = {T(four.x), T(four.y), T(four.z), T(four.w)};
+        const T narrow[4] = {narrow_to<T>(four.x), narrow_to<T>(four.y), narrow_to<T>(four.z), narrow_to<T>(four.w)};
         uint2 bits;
         memcpy(&bits, narrow, sizeof bits);
         __stcs(reinterpret_cast<uint2*>(to), bits);
