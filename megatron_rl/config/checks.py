@@ -57,7 +57,7 @@ def check(c: Config) -> None:
         )
     if r.kv_policy == "keep" and r.kv_store.host_bytes <= 0:
         raise ConfigError(
-            f"rollout.kv_store.host_bytes={r.kv_store.host_bytes}: rollout.kv_policy=keep puts KV into host memory; give it some, "
+            f"rollout.kv_store.host_bytes={r.kv_store.host_bytes}: rollout.kv_policy=keep puts KV into host memory; raise it, "
             "or set rollout.kv_policy=recompute"
         )
     _check_data(c.data)
@@ -110,8 +110,8 @@ def check_model(c: Config, model: ModelConfig) -> None:
     page_bytes = 2 * model.num_layers * model.num_kv_heads * r.embedded.page_size * model.head_dim * itemsize
     if r.kv_policy == "keep" and r.kv_store.host_bytes < page_bytes:
         raise ConfigError(
-            f"rollout.kv_store.host_bytes={r.kv_store.host_bytes}: one KV page of this model takes {page_bytes} bytes; raise it, or "
-            "set rollout.kv_policy=recompute"
+            f"rollout.kv_store.host_bytes={r.kv_store.host_bytes}: one KV page of this model takes {page_bytes} bytes; "
+            "raise it, or set rollout.kv_policy=recompute"
         )
     if c.data.max_prompt_tokens + r.max_response_tokens > model.max_positions:
         raise ConfigError(

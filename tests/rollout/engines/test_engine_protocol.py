@@ -14,6 +14,7 @@ from engine_scenarios import collect, joined, kv_of, open_engine, prompt, reques
 
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.engines import base
+from megatron_rl.rollout.engines.embedded.kv_cache import Prefill, Span
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.remote import RemoteEngine, serve
 from megatron_rl.types import Ending
@@ -216,6 +217,75 @@ def test_kept_kv_survives_the_release_of_the_cache_and_continues_to_the_bit(kind
             whole = (await collect(engine, [request(0, prompt(0, 11), 46, seed=1)]))[0]
         assert [*first.token_ids, *second.token_ids] == whole.token_ids.tolist()
         assert [*first.log_probs, *second.log_probs] == whole.log_probs.tolist(), "same shapes, same bits"
+
+    run(scenario())
+
+
+def test_a_group_goes_on_after_keep_to_the_bit_and_after_recompute_within_rounding(folder, tmp_path):
+    """Weights unchanged, version and all: publish, release and resume between two halves of four responses."""
+
+    def half(contexts, num_tokens, version):
+        return [request(i, c, num_tokens, seed=3, kv_key="g", weight_version=version) for i, c in contexts.items()]
+
+    async def generate(interrupt, **options):
+        async with opened("embedded", folder, batch_sizes=(64,), **options) as (engine, _):
+            contexts = {i: prompt(0, 19) for i in range(4)}
+            first = await collect(engine, half(contexts, 12, 0))
+            contexts = {i: [*context, *first[i].token_ids] for i, context in contexts.items()}
+            if interrupt:
+                snapshots = await engine.snapshot_kv(list(contexts))
+                await engine.release_memory(["weights", "kv_cache"])
+                await publish(engine, engine, folder, 1)
+                await engine.resume_memory(["kv_cache"])
+                assert await engine.restore_kv(snapshots) == [True] * len(snapshots)
+            second = await collect(engine, half(contexts, 25, int(interrupt)))
+            usage = await engine.kv_usage()
+            return second, usage.drift_sum / max(usage.drift_tokens, 1), usage.drift_tokens
+
+    async def scenario():
+        whole, *_ = await generate(False)
+        kept, drift, num_measured = await generate(True, kv_folder=tmp_path, drift_samples=3)
+        recomputed, *_ = await generate(True)
+        for i, chunk in whole.items():
+            assert kept[i].cached_tokens == 30 and recomputed[i].cached_tokens == (19 if i else 0), "only the prompt is shared"
+            assert kept[i].token_ids.tolist() == recomputed[i].token_ids.tolist() == chunk.token_ids.tolist()
+            assert kept[i].log_probs.tolist() == chunk.log_probs.tolist()
+            np.testing.assert_allclose(recomputed[i].log_probs, chunk.log_probs, atol=1e-5)
+            assert kept[i].kv_versions.tolist() == [0] * 25 and recomputed[i].kv_versions.tolist() == [1] * 25
+        assert num_measured == 3 * 5 and drift < 1e-5, "the same weights under a new number: nothing has drifted"
+
+    run(scenario())
+
+
+def test_drift_is_what_new_weights_say_of_the_same_tokens_on_old_and_on_new_kv(kind, folder, tmp_path):
+    async def scenario():
+        async with opened(kind, folder, kv_folder=tmp_path, drift_samples=1) as (engine, embedded):
+            context = prompt(0, 18)
+            await collect(engine, [request(0, context, 1, seed=1)])
+            snapshots = await engine.snapshot_kv([0])
+            await engine.release_memory(["kv_cache"])
+            await publish(engine, embedded, folder, 1, factor=1.1)
+            await engine.resume_memory(["kv_cache"])
+            old_kv = await last_log_probs(embedded, context, await engine.restore_kv(snapshots) == [True])
+            usage = await engine.kv_usage()
+            new_kv = await last_log_probs(embedded, context, False)
+        assert usage.drift_tokens == len(old_kv) == 5
+        assert usage.drift_sum == pytest.approx(np.abs(old_kv - new_kv).sum(), rel=1e-3) and usage.drift_sum > 0.01
+
+    async def last_log_probs(embedded, context, on_kept_kv):
+        """Of tokens 13 .. 17, each decoded for itself on the kept pages of the first 12, or on none: greedy scores one token
+        only, so the model is asked directly."""
+        runner = embedded._runner
+        pages = runner.scheduler.retained[0].pages[:3] if on_kept_kv else []
+        pages = pages + runner.scheduler.pages.take(5 - len(pages), 1).tolist()
+        with torch.inference_mode():
+            first = 12 if on_kept_kv else 0
+            hidden = [
+                runner._model.forward(torch.tensor(context[i : i + 1]), Prefill(runner.cache, [Span(pages, i, i + 1)]))
+                for i in range(first, 17)
+            ]
+            log_probs = runner._model.logits(torch.cat(hidden))[12 - first :].log_softmax(-1)
+        return log_probs.gather(1, torch.tensor(context[13:])[:, None])[:, 0].double().numpy()
 
     run(scenario())
 
