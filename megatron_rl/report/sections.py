@@ -23,8 +23,10 @@ from megatron_rl.types import DropReason, Ending
 
 PHASES = {"rollout": 0, "reward": 4, "reference": 5, "train": 1, "publish": 3, "checkpoint": 7}  # name -> colour
 ENDINGS = {Ending.STOP: 2, Ending.LENGTH: 4, Ending.BUDGET: 0, Ending.REPEAT: 6, Ending.ABORT: 7}
-CHARTED = ("reward/", "length/mean", "tokens/", "trajectories/", "time/", "staleness/", "mismatch/", "drift/")
-CHARTED += ("kv/restored_tokens", "kv/recomputed_tokens")
+CHARTED = (  # by a card of their own; beginnings of keys
+    *("reward/", "length/mean", "tokens/", "trajectories/", "time/", "staleness/", "mismatch/", "drift/"),
+    *("kv/restored_tokens", "kv/recomputed_tokens"),
+)
 MAX_CATEGORIES = 12  # of one tag; a tag with more values names prompts rather than sorts them
 
 

@@ -113,6 +113,7 @@ def test_kv_files_that_were_spoiled_between_two_starts_are_computed_again(zygote
         data[-100] ^= 1
         path.write_bytes(data)
     num_spoiled, num_done = len(kv_files(folder)), len(outcome(folder)[1])
+    assert num_spoiled
     run(zygote, config, "spoiled")
     _, rows = outcome(folder)
     assert len(rows) == ITERATIONS

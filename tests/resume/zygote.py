@@ -77,7 +77,7 @@ def run_job(job: dict[str, Any], points: dict[str, Callable[[], None]]) -> None:
 
 POINTS: dict[str, Callable[[], None]] = {
     "generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=60),
-    "told to stop while generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=60, end=stop),
+    "told to stop while generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=80, end=stop),
     "told to stop while training": lambda: kill_in(Trainer, "step", call=2, end=stop),
     "scoring": lambda: kill_in(Scorer, "score", call=12),
     "reference": lambda: kill_in(Trainer, "log_probs", call=2),
