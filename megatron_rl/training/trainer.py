@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from torch.nn import functional
 
 from megatron_rl.algorithms import Objective
 from megatron_rl.config import Config
@@ -54,8 +55,8 @@ class TrainingBatch:
     num_micro_batches: int  # over all ranks, in one pass
 
 
-# Packs are padded to whole blocks of rows: kernels like them, and oneDNN keeps a compiled matmul, with its memory, for every
-# number of rows it has met.
+# Packs, and the rows that carry loss, are padded to whole blocks: kernels like them, and oneDNN keeps a compiled matmul,
+# with its memory, for every number of rows it has met.
 ROWS = 64
 
 
@@ -215,12 +216,16 @@ class Trainer:
 
     def _log_probs(self, b: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [loss_tokens] from the last stage's output: [tokens / CP, 1, hidden], or its SP share."""
+        num_tokens = len(b.targets)
+        missing = -num_tokens % ROWS
+        loss_rows, targets = (functional.pad(of_tokens, (0, missing)) for of_tokens in (b.loss_rows, b.targets))
         if self.config.training.sequence_parallel:  # in backward the vocabulary blocks' gradients are summed, then split
-            rows = gather_from_sequence_parallel_region(hidden)[b.loss_rows, 0]
+            rows = gather_from_sequence_parallel_region(hidden)[loss_rows, 0]
         else:  # in backward they are summed
-            rows = copy_to_tensor_model_parallel_region(hidden[b.loss_rows, 0])
+            rows = copy_to_tensor_model_parallel_region(hidden[loss_rows, 0])
         weight = self.chunks[-1].output_weight
-        return log_probs_and_entropy(rows, weight, b.targets, self._vocabulary, self.config.training.log_prob_chunk)
+        found = log_probs_and_entropy(rows, weight, targets, self._vocabulary, self.config.training.log_prob_chunk)
+        return found[0][:num_tokens], found[1][:num_tokens]
 
     def _refuse(self, minibatch: Sequence[PackedBatch], sums: Sums, norm: float) -> None:
         """Name the micro-batches at fault: those whose loss is not finite, else all that the gradient came from."""
