@@ -25,7 +25,7 @@ from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_rl.rollout.engines.remote import RemoteEngine, serve
 from megatron_rl.training import cpu
-from megatron_rl.training.model import DTYPES
+from megatron_rl.training.model import compute_dtype
 from megatron_rl.training.parallel import Launch
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def embedded_engine(config: Config, model: ModelConfig, *, name: str) -> Embedde
     return EmbeddedEngine(
         model,
         config=config.rollout.embedded,
-        dtype=DTYPES[config.model.dtype],
+        dtype=compute_dtype(config),
         device=cpu.device(),
         kv_policy=config.rollout.kv_policy,
         max_kv_age=config.rollout.max_kv_age,
