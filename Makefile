@@ -42,7 +42,7 @@ bench: $(READY)
 setup: $(READY)
 
 $(READY): tools/set_up.py requirements/cpu.txt requirements/constraints-cpu.txt pyproject.toml $(KERNEL_SOURCES)
-	@command -v $(PYTHON) >/dev/null || { echo "set-up: no $(PYTHON) here. Install it with: apt-get install python3 python3-venv python3-dev gcc"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "set-up: no $(PYTHON) here. Install it with: apt-get install python3 python3-venv python3-dev g++"; exit 1; }
 	@$(PYTHON) tools/set_up.py "$(VENV)" --torch "$(TORCH)"
 	@touch $@
 
