@@ -1,6 +1,7 @@
 #include "packing/index.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace megatron_rl::packing {
 namespace {
@@ -19,8 +20,9 @@ public:
 
     // Appends rows whose positions count from `first_position`; null tokens are zeros. Returns the run.
     int32_t append(const int32_t* token_ids, std::size_t count, std::size_t first_position) {
-        for (std::size_t i = 0; i < count; ++i) index_.token_ids[row_ + i] = token_ids ? token_ids[i] : 0;
-        for (std::size_t i = 0; i < count; ++i) index_.positions[row_ + i] = static_cast<int64_t>(first_position + i);
+        if (token_ids) std::copy_n(token_ids, count, index_.token_ids + row_);
+        else std::fill_n(index_.token_ids + row_, count, 0);
+        std::iota(index_.positions + row_, index_.positions + row_ + count, static_cast<int64_t>(first_position));
         std::fill_n(index_.segment_ids + row_, count, run_);
         row_ += count;
         index_.parents[run_] = run_;
@@ -42,14 +44,17 @@ private:
     // The token before predicts; the first one is predicted by the prompt's last row, which the responses share.
     void append_loss(const Response& response, int64_t last_prompt_row) {
         const auto start = static_cast<int64_t>(row_);
+        const Index to = index_;  // local, as `at` is: a write to an array cannot change them, and compilers see it
+        std::size_t at = loss_;
         for (std::size_t i = 0; i < response.length; ++i) {
             if (!response.loss_mask[i]) continue;
-            index_.loss_rows[loss_] = i ? start + static_cast<int64_t>(i) - 1 : last_prompt_row;
-            index_.targets[loss_] = response.token_ids[i];
-            index_.sequence_ids[loss_] = sequence_;
-            index_.log_probs[loss_] = response.log_probs[i];
-            index_.versions[loss_++] = response.versions[i];
+            to.loss_rows[at] = i ? start + static_cast<int64_t>(i) - 1 : last_prompt_row;
+            to.targets[at] = response.token_ids[i];
+            to.sequence_ids[at] = sequence_;
+            to.log_probs[at] = response.log_probs[i];
+            to.versions[at++] = response.versions[i];
         }
+        loss_ = at;
         ++sequence_;
     }
 

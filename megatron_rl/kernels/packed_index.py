@@ -1,4 +1,4 @@
-"""Where every token of a micro-batch lies: the tree of prompts and responses as flat arrays, written in one pass in csrc/packing/.
+"""Where every token of a micro-batch lies: the tree of prompts and responses as flat arrays, in one pass of csrc/packing/.
 
 For each family: its prompt's tokens once, at positions 0..P-1, then each response, at positions P... A response's rows end
 before its last loss-bearing token, because that one predicts nothing more. The first token of every response is predicted by

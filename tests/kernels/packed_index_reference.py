@@ -15,8 +15,11 @@ def build(families: Sequence[Sequence[TrainingSequence]], multiple: int) -> Pack
     positions: list[np.ndarray] = []
     loss_rows: list[np.ndarray] = []
     parents: list[int] = []
+    num_rows = 0
 
     def append(token_ids: np.ndarray, first_position: int, parent: int) -> None:
+        nonlocal num_rows
+        num_rows += len(token_ids)
         tokens.append(token_ids)
         positions.append(np.arange(first_position, first_position + len(token_ids)))
         parents.append(parent)
@@ -24,13 +27,12 @@ def build(families: Sequence[Sequence[TrainingSequence]], multiple: int) -> Pack
     for members in families:
         prompt, run = members[0].prompt_ids, len(parents)
         append(prompt, 0, run)
-        last_prompt_row = sum(map(len, tokens)) - 1
+        last_prompt_row = num_rows - 1
         for member in members:
-            bearing, start = np.flatnonzero(member.loss_mask), sum(map(len, tokens))
+            bearing, start = np.flatnonzero(member.loss_mask), num_rows
             loss_rows.append(np.where(bearing > 0, start + bearing - 1, last_prompt_row))
             if bearing[-1]:
                 append(member.response_ids[: bearing[-1]], len(prompt), run)
-    num_rows = sum(map(len, tokens))
     num_padding = -num_rows % multiple if num_rows else multiple
     if num_padding:
         append(np.zeros(num_padding), 0, len(parents))

@@ -39,7 +39,7 @@ def test_fires_exactly_where_the_definition_holds(tokens, max_period, min_repeat
         assert detector.push(token) == repeats(tokens[: i + 1], max_period, min_repeats, min_tokens)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(responses(), st.integers(500, 1000), st.sampled_from([1, 3, 64, 512]), st.integers(2, 5))
 def test_agrees_with_the_plain_detector_on_long_streams(block, num_blocks, max_period, min_repeats):
     """Long enough that the recent tokens are moved to the front of their array."""
