@@ -35,6 +35,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 bench: $(READY)
+	$(VENV)/bin/python benchmarks/control_plane.py
 	$(VENV)/bin/python benchmarks/embedded_engine.py
 	$(VENV)/bin/python benchmarks/iteration_vs_trl.py
 	$(VENV)/bin/python benchmarks/table.py

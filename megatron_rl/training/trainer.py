@@ -119,6 +119,7 @@ class Trainer:
                 multiple=math.lcm(ROWS, t.context_parallel * (t.tensor_parallel if t.sequence_parallel else 1)),
                 data_parallel=num_replicas,
                 micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline else 1,
+                attention_cost=self.model_config.attention_cost,
             )
             for sequences in minibatches
         ]

@@ -1,7 +1,7 @@
 """The KV tensors: one pool of pages, and the two layouts in which a forward pass reads and writes it.
 
 `Prefill` runs many new tokens of a few trajectories, `Decode` one new token of many, padded to a fixed number of rows.
-Which page is whose is not known here (`pages.py`, `scheduler.py`).
+Which page is whose is not known here (`scheduler.py`).
 """
 
 from __future__ import annotations

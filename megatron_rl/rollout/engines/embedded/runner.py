@@ -18,7 +18,6 @@ from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.engines.base import Chunk, Request
 from megatron_rl.rollout.engines.embedded.kv_cache import Decode, KVCache, Prefill, Span
 from megatron_rl.rollout.engines.embedded.model import CausalModel
-from megatron_rl.rollout.engines.embedded.pages import Pages
 from megatron_rl.rollout.engines.embedded.sampling import Draw, sample
 from megatron_rl.rollout.engines.embedded.scheduler import Piece, Running, Scheduler
 from megatron_rl.rollout.engines.embedded.weights import WeightLoader
@@ -55,7 +54,7 @@ class Runner:
                 f"{KVCache.page_bytes(model, config.page_size, dtype)} bytes and at least 2 are needed; raise it"
             )
         self.scheduler = Scheduler(
-            Pages(self._num_pages, config.page_size), max_running=config.max_running, prefill_tokens=config.prefill_tokens
+            self._num_pages, config.page_size, max_running=config.max_running, prefill_tokens=config.prefill_tokens
         )
         self.cache: KVCache | None = None
         self.allocate()
@@ -103,13 +102,13 @@ class Runner:
         if not 1 <= num_context <= limit:
             raise EngineError(f"trajectory {trajectory_id}: context of {num_context} tokens; the model takes 1 to {limit}")
         num_tokens = min(num_context + request.max_new_tokens, limit)
-        pages = self.scheduler.pages
-        if pages.count_for(num_tokens) > pages.num_usable:
-            page_bytes = KVCache.page_bytes(self.model_config, pages.page_size, self._model.dtype)
+        num_pages, num_usable, size = self.scheduler.count_for(num_tokens), self.scheduler.pages.num_usable, self.config.page_size
+        if num_pages > num_usable:
+            page_bytes = KVCache.page_bytes(self.model_config, size, self._model.dtype)
             raise EngineError(
                 f"rollout.embedded.kv_bytes={self.config.kv_bytes}: trajectory {trajectory_id} may grow to {num_tokens} tokens "
-                f"but the KV cache holds {pages.num_usable * pages.page_size}; raise it to at least "
-                f"{(pages.count_for(num_tokens) + 1) * page_bytes} or lower the response length"
+                f"but the KV cache holds {num_usable * size}; raise it to at least "
+                f"{(num_pages + 1) * page_bytes} or lower the response length"
             )
 
     def add(self, requests: Sequence[Request]) -> list[Chunk]:

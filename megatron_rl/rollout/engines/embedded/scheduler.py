@@ -15,14 +15,13 @@ advances, and a request that could not run alone is refused at once, so nothing 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_rl.kernels.build import state
 from megatron_rl.rollout.engines.base import Request
-from megatron_rl.rollout.engines.embedded.pages import Pages
 from megatron_rl.types import Ending
 
 
@@ -82,8 +81,10 @@ class Plan:
 
 
 class Scheduler:
-    def __init__(self, pages: Pages, *, max_running: int, prefill_tokens: int) -> None:
-        self.pages = pages
+    def __init__(self, num_pages: int, page_size: int, *, max_running: int, prefill_tokens: int) -> None:
+        """num_pages counts page 0, which is nobody's: padding rows of a decode batch write there. page_size in tokens."""
+        self.pages = state.BlockAllocator(num_pages, num_reserved=1)
+        self.page_size = page_size
         self.running: list[Running] = []  # oldest admission first
         self.waiting: list[Running] = []
         self.retained: dict[int, Running] = {}  # by trajectory id, the first to be dropped first
@@ -95,6 +96,10 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
+
+    def count_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens fill."""
+        return -(-num_tokens // self.page_size)
 
     def add(self, trajectory: Running) -> None:
         self.waiting.append(trajectory)
@@ -128,7 +133,7 @@ class Scheduler:
         """Keep a trajectory's pages, last to be dropped, or first if it needs no continuation."""
         identity = trajectory.request.trajectory_id
         assert identity not in self.retained, f"trajectory {identity} is retained already"
-        unused = trajectory.pages[self.pages.count_for(trajectory.num_computed) :]
+        unused = trajectory.pages[self.count_for(trajectory.num_computed) :]
         self.pages.drop(unused)
         del trajectory.pages[len(trajectory.pages) - len(unused) :]
         if trajectory.ending == Ending.STOP:
@@ -192,13 +197,13 @@ class Scheduler:
 
     def _place(self, trajectory: Running, source: Running | None, num_shared: int) -> bool:
         """Give a waiting trajectory pages for all its tokens; False: there is no room, and nothing has changed."""
-        size = self.pages.page_size
-        num_needed = self.pages.count_for(trajectory.num_tokens)
-        shared = [] if source is None else source.pages[: self.pages.count_for(num_shared)]
+        size = self.page_size
+        num_needed = self.count_for(trajectory.num_tokens)
+        shared = [] if source is None else source.pages[: self.count_for(num_shared)]
         self.pages.hold(shared)
         own = self.retained.get(trajectory.request.trajectory_id)
         has_tail = num_shared % size > 0
-        moves_tail = has_tail and source is own and self.pages.num_holders(shared[-1]) == 2
+        moves_tail = has_tail and source is own and self.pages.holders(shared[-1:])[0] == 2
         # One page in hand for each running trajectory, or the newcomer would soon be sent back.
         num_spare = len(self.running)
         fits = self._make_room(num_needed - len(shared) + (has_tail and not moves_tail) + num_spare)
@@ -211,28 +216,30 @@ class Scheduler:
             return False
         if trajectory.request.trajectory_id in self.retained:
             self.drop_retained(trajectory.request.trajectory_id)
-        if has_tail and not moves_tail:
-            shared[-1] = self._copy(shared[-1])
-        trajectory.pages = shared + [self.pages.take(self.version) for _ in range(num_needed - len(shared))]
-        trajectory.kv_version = min(self.pages.version(page) for page in trajectory.pages)
+        if has_tail:
+            shared[-1] = self._own(shared[-1])
+        trajectory.pages = shared + self.pages.take(num_needed - len(shared), self.version).tolist()
+        trajectory.kv_version = int(self.pages.versions(trajectory.pages).min())
         trajectory.num_computed = num_shared
         if not trajectory.was_admitted:
             trajectory.was_admitted, trajectory.num_found = True, num_shared
         return True
 
-    def _copy(self, source: int) -> int:
-        """Exchange a held page for a copy of it that nobody else holds."""
-        target = self.pages.take(self.pages.version(source))
-        self._copies.append((source, target))
-        self.pages.drop([source])
+    def _own(self, source: int) -> int:
+        """A held page that is about to be written to, or a copy of it where others hold it too."""
+        target = self.pages.copy_on_write(source)
+        if target == source:
+            self.pages.renew([source])  # what stands behind the common prefix will be overwritten
+        else:
+            self._copies.append((source, target))
         return target
 
     def _grow(self) -> None:
         """A page for the last token of each running trajectory, oldest first; the youngest give way."""
         for trajectory in list(self.running):
-            while trajectory in self.running and len(trajectory.pages) < self.pages.count_for(trajectory.num_tokens):
+            while trajectory in self.running and len(trajectory.pages) < self.count_for(trajectory.num_tokens):
                 if self._make_room(1):
-                    trajectory.pages.append(self.pages.take(self.version))
+                    trajectory.pages += self.pages.take(1, self.version).tolist()
                 else:
                     self._preempt(self.running[-1])
 
@@ -240,8 +247,9 @@ class Scheduler:
         """Drop retained trajectories until so many pages are free; False, and none dropped, where that is not enough."""
         if self.pages.num_free >= num_pages:
             return True
-        holds = Counter(page for trajectory in self.retained.values() for page in trajectory.pages)
-        num_reclaimable = sum(count == self.pages.num_holders(page) for page, count in holds.items())
+        retained = [page for trajectory in self.retained.values() for page in trajectory.pages]
+        pages, num_holds = np.unique(np.array(retained, np.int64), return_counts=True)
+        num_reclaimable = int((num_holds == self.pages.holders(pages)).sum())
         if self.pages.num_free + num_reclaimable < num_pages:
             return False
         while self.pages.num_free < num_pages:

@@ -31,7 +31,7 @@ def take(scheduler: Scheduler, cache: KVCache, trajectory_id: int, mark: str) ->
     num_tokens = held.num_computed
     pages = cache.pool[:, held.pages].cpu()  # [layers, pages, 2, kv_heads, page_size, head_dim]
     flat = pages.permute(2, 0, 1, 4, 3, 5).flatten(2, 3)[:, :, :num_tokens].contiguous()
-    versions = np.repeat([scheduler.pages.version(page) for page in held.pages], cache.page_size)[:num_tokens]
+    versions = np.repeat(scheduler.pages.versions(held.pages), cache.page_size)[:num_tokens]
     token_ids = held.tokens[:num_tokens].copy()
     return KVSnapshot(trajectory_id, token_ids, versions.astype(np.int32), flat[0], flat[1], mark)
 
@@ -40,7 +40,7 @@ def put_back(scheduler: Scheduler, cache: KVCache, snapshot: KVSnapshot, mark: s
     """Whether the snapshot's KV is in place; False where it is another engine's, too old, or finds no free pages."""
     num_tokens = len(snapshot.token_ids)
     size = cache.page_size
-    num_pages = scheduler.pages.count_for(num_tokens)
+    num_pages = scheduler.count_for(num_tokens)
     held = scheduler.retained.get(snapshot.trajectory_id)
     if held is not None and held.num_computed >= num_tokens and (held.tokens[:num_tokens] == snapshot.token_ids).all():
         return True
@@ -53,7 +53,7 @@ def put_back(scheduler: Scheduler, cache: KVCache, snapshot: KVSnapshot, mark: s
     trajectory.ending = Ending.ABORT
     for i in range(num_pages):
         part = slice(i * size, min((i + 1) * size, num_tokens))
-        page = scheduler.pages.take(int(snapshot.kv_versions[part].min()))
+        page = int(scheduler.pages.take(1, int(snapshot.kv_versions[part].min()))[0])
         num_filled = part.stop - part.start
         for kind, source in enumerate((snapshot.keys, snapshot.values)):
             cache.pool[:, page, kind, :, :num_filled] = source[:, part].transpose(1, 2).to(cache.device)
