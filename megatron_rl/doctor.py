@@ -59,7 +59,7 @@ def examine(config_path: Path | None = None, overrides: list[str] | None = None)
         except MegatronRLError as e:
             findings.append(Finding("config", State.MISSING, str(config_path), str(e)))
     folder = config.run.folder if config else Path.cwd()
-    findings = [python(), torch(), *packages(), engines(), adam(), *machine(), *storage(folder, config), *findings]
+    findings = [python(), torch(), kernels(), *packages(), engines(), adam(), *machine(), *storage(folder, config), *findings]
     if config:
         findings += contents(config)
     return findings
@@ -105,6 +105,19 @@ def torch() -> Finding:
     if not library.version.cuda and Path("/proc/driver/nvidia/version").exists():
         return Finding("torch", State.ADVICE, text, "there is an NVIDIA driver: install a CUDA build of torch to use it")
     return Finding("torch", State.OK, text)
+
+
+def kernels() -> Finding:
+    """csrc/ is compiled, and loads under the torch at hand."""
+    try:
+        from megatron_rl.kernels.build import load_operators, state
+
+        load_operators()
+    except MegatronRLError as e:
+        return Finding("kernels", State.MISSING, "", str(e))
+    except ImportError:
+        return Finding("kernels", State.MISSING, "need torch", "install torch first")
+    return Finding("kernels", State.OK, f"built with torch {state.built_with_torch}")
 
 
 def packages() -> Iterator[Finding]:

@@ -29,6 +29,10 @@ class BufferFileError(MegatronRLError, RuntimeError):
     """The replay buffer's file is damaged, of another run, of a newer schema, or breaks conservation."""
 
 
+class KVFileError(MegatronRLError, RuntimeError):
+    """A file of spilled KV is damaged, cut short or another's; its tokens are computed again."""
+
+
 class CheckpointError(MegatronRLError, RuntimeError):
     """A checkpoint cannot be written or read."""
 

@@ -29,6 +29,7 @@ from megatron_rl.report.progress import Progress
 from megatron_rl.rewards.scorer import Scorer
 from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.rollout.engines.base import Engine
+from megatron_rl.rollout.kept_kv import KeptKV
 from megatron_rl.rollout.scheduler import Rollout
 from megatron_rl.rollout.selection import share_without_loss, training_sequences
 from megatron_rl.types import Group, OutcomeKind, TrainingSequence
@@ -49,9 +50,19 @@ class Master:
         self.metrics = MetricsLog(config.run.folder, config.report.tensorboard)
         self.progress = Progress(config.run.iterations)
         self.rollout: Rollout | None = None
+        self.kept_kv: KeptKV | None = None
         self.stopping = False
         if advice := network_advice(config.buffer_path):
             log.warning("%s", advice)
+
+    def begin_lineage(self, iteration: int) -> str:
+        """Before any engine is made, for a run that goes on from `iteration`: run and lineage, what kept KV is bound to."""
+        last = self.buffer.last_batch_iteration()
+        if last is not None and last >= iteration:
+            log.info("iterations %d to %d are trained again from their recorded batches", iteration, last)
+            if torch.cuda.is_available():  # there a replay is close, not bit-exact: tokens of both lines must be told apart
+                self.buffer.bump_lineage()
+        return f"run {self.buffer.run_id}, lineage {self.buffer.lineage}"
 
     def start(self, engines: Sequence[Engine], *, iteration: int, sampler_state: dict[str, Any] | None) -> None:
         """Continue from `iteration`: the metrics are cut back to it, draws go on where the buffer ends."""
@@ -61,11 +72,8 @@ class Master:
         self.progress.start_at(iteration)
         self.rollout = Rollout(self.buffer, engines, self.sampler, self.scorer, self.tokenizer, config, self.model)
         self.rollout.on_tokens = self._show_tokens
-        last = self.buffer.last_batch_iteration()
-        if last is not None and last >= iteration:
-            log.info("iterations %d to %d are trained again from their recorded batches", iteration, last)
-            if torch.cuda.is_available():  # there a replay is close, not bit-exact: tokens of both lines must be told apart
-                self.buffer.bump_lineage()
+        if config.rollout.kv_policy == "keep":
+            self.kept_kv = KeptKV(engines)
 
     def batch(self, iteration: int, version: int) -> list[Group]:
         """The batch of an iteration: the recorded one where there is one, else what a rollout phase yields.
@@ -79,9 +87,13 @@ class Master:
             return []
         assert self.rollout is not None, "`start` comes first"
         self.sampler.begin(iteration)
+        if self.kept_kv:
+            self.runner.run(self.kept_kv.bring_back(self.buffer.open_groups()))
         groups = self.runner.run(self.rollout.run(iteration, version))
         if groups and not self.stopping:
             self.buffer.record_batch(iteration, [group.id for group in groups])
+        if self.kept_kv:
+            self.runner.run(self.kept_kv.put_away(self.buffer.open_groups()))
         return groups
 
     def sequences(self, groups: list[Group], version: int) -> list[list[TrainingSequence]]:
@@ -119,6 +131,7 @@ class Master:
             "tokens/generated": self.buffer.generated_tokens(iteration),
             **{f"trajectories/{state}": count for state, count in self.buffer.counts(iteration).items()},
             **stats,
+            **(self.runner.run(self.kept_kv.take_metrics()) if self.kept_kv else {}),
             "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of rank 0's process, so far
             **{f"time/{phase}_s": seconds.get(phase, 0.0) for phase in ("rollout", "reference", "train", "publish")},
         }

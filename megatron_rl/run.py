@@ -79,6 +79,7 @@ class Run:
 
     def finish(self) -> None:
         """After the last iteration the model is exported; always the report and, if unfinished, the command that resumes."""
+        self.serving.leave_kv(for_next_start=not self.is_over)
         if self.is_over:
             write_model_folder(
                 self.trainer.export_buckets(self.config.weights.bucket_bytes),
@@ -102,13 +103,14 @@ def open_run(config: Config) -> Iterator[Run]:
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
         runner = stack.enter_context(asyncio.Runner())
-        master = None
+        master, identity = None, ""
         if ranks.rank == 0:
             master = Master(config, model, open_folder(config), runner)
             checkpoint.remove_leftovers(config.run.folder)
             stack.callback(master.close)
+            identity = master.begin_lineage(checkpoint.latest_iteration(config.run.folder))
         trainer = Trainer(config, model)
-        serving = Serving(config, model, ranks, runner)
+        serving = Serving(config, model, ranks, runner, identity=identity)
         stack.callback(serving.close)
         orders = Orders(ranks.rank, ranks.world_size, host=ranks.master_host, timeout_s=config.rollout.phase_timeout_s)
         run = Run(config, trainer, serving, orders, master)

@@ -24,6 +24,7 @@ from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_rl.rollout.engines.remote import RemoteEngine, serve
+from megatron_rl.rollout.kv_store import KeepKV
 from megatron_rl.training import cpu
 from megatron_rl.training.model import compute_dtype
 from megatron_rl.training.parallel import Launch
@@ -34,13 +35,15 @@ T = TypeVar("T")
 class Serving:
     """`engines` are all of them, on rank 0 only; `local` is this rank's, if it serves. Collective to build and to load."""
 
-    def __init__(self, config: Config, model: ModelConfig, launch: Launch, runner: asyncio.Runner) -> None:
-        self._runner, self._keeps_kv = runner, config.rollout.kv_policy == "keep"
+    def __init__(self, config: Config, model: ModelConfig, launch: Launch, runner: asyncio.Runner, *, identity: str) -> None:
+        """identity: run and lineage, on rank 0; what KV that outlives a process is bound to."""
+        self._runner = runner
         self.local: EmbeddedEngine | None = None
         self._server: _ServerThread | None = None
         hosts = _gathered(socket.gethostname())
+        identity = _gathered(identity)[0]
         if launch.rank in serving_ranks(config, _gathered(_is_replica_head())):
-            self.local = embedded_engine(config, model, name=f"embedded-{launch.rank}")
+            self.local = embedded_engine(config, model, name=f"embedded-{launch.rank}", identity=identity)
             if launch.rank != 0:
                 self._server = _ServerThread(self.local, "127.0.0.1" if len(set(hosts)) == 1 else hosts[launch.rank])
         addresses = _gathered(self._server.address if self._server else None)
@@ -53,10 +56,9 @@ class Serving:
 
     def release(self) -> None:
         """Lend this rank's engine memory to the training phase (paper 2.6.3); `load_weights` takes it back. KV that the policy
-        keeps stays."""
+        keeps is on the host by now."""
         if self.local:
-            tags = ("weights",) if self._keeps_kv else ("weights", "kv_cache")
-            self._runner.run(self.local.release_memory(tags))
+            self._runner.run(self.local.release_memory(("weights", "kv_cache")))
 
     def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
         """Collective through `buckets`, so iterated in this thread: a rank without an engine drains them. On rank 0 it
@@ -69,6 +71,11 @@ class Serving:
                 pass
         for engine in self._remote:
             self._runner.run(engine.load_weights((), version))
+
+    def leave_kv(self, *, for_next_start: bool) -> None:
+        """Before the process ends: kept KV into files, or away with it where the run is over."""
+        if self.local:
+            self._runner.run(self.local.spill_kv() if for_next_start else self.local.forget_kv())
 
     def close(self) -> None:
         for engine in self._remote:
@@ -86,17 +93,19 @@ def serving_ranks(config: Config, is_replica_head: Sequence[bool]) -> list[int]:
     return (heads + others)[: config.rollout.embedded.ranks or len(heads)]
 
 
-def embedded_engine(config: Config, model: ModelConfig, *, name: str) -> EmbeddedEngine:
+def embedded_engine(config: Config, model: ModelConfig, *, name: str, identity: str) -> EmbeddedEngine:
     """An engine on this rank's device, without weights yet."""
+    rollout = config.rollout
+    keep = KeepKV(rollout.max_kv_age, rollout.kv_store, config.kv_folder / name) if rollout.kv_policy == "keep" else None
     return EmbeddedEngine(
         model,
-        config=config.rollout.embedded,
+        config=rollout.embedded,
         dtype=compute_dtype(config),
         device=cpu.device(),
-        kv_policy=config.rollout.kv_policy,
-        max_kv_age=config.rollout.max_kv_age,
         name=name,
-        silence_s=config.rollout.request_timeout_s,
+        keep=keep,
+        identity=identity,
+        silence_s=rollout.request_timeout_s,
     )
 
 

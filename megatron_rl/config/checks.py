@@ -55,6 +55,11 @@ def check(c: Config) -> None:
         raise ConfigError(
             f"training.minibatches={t.minibatches}: more than rollout.groups_per_iteration={r.groups_per_iteration}; lower it"
         )
+    if r.kv_policy == "keep" and r.kv_store.host_bytes <= 0:
+        raise ConfigError(
+            f"rollout.kv_store.host_bytes={r.kv_store.host_bytes}: rollout.kv_policy=keep puts KV into host memory; raise it, "
+            "or set rollout.kv_policy=recompute"
+        )
     _check_data(c.data)
 
 
@@ -101,6 +106,13 @@ def check_model(c: Config, model: ModelConfig) -> None:
         raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's fused query, key and value rows")
     if model.ffn_size % tp:
         raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's feed-forward size {model.ffn_size}")
+    itemsize = {"float32": 4, "bfloat16": 2}[c.model.dtype]
+    page_bytes = 2 * model.num_layers * model.num_kv_heads * r.embedded.page_size * model.head_dim * itemsize
+    if r.kv_policy == "keep" and r.kv_store.host_bytes < page_bytes:
+        raise ConfigError(
+            f"rollout.kv_store.host_bytes={r.kv_store.host_bytes}: one KV page of this model takes {page_bytes} bytes; "
+            "raise it, or set rollout.kv_policy=recompute"
+        )
     if c.data.max_prompt_tokens + r.max_response_tokens > model.max_positions:
         raise ConfigError(
             f"data.max_prompt_tokens={c.data.max_prompt_tokens} + rollout.max_response_tokens={r.max_response_tokens}: "

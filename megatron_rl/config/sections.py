@@ -87,6 +87,29 @@ class EmbeddedConfig(Section):
     batch_sizes: tuple[Positive, ...] = setting((1, 2, 4, 8, 16, 32, 64), "padded decode batch sizes", ours=True)
 
 
+class KVStoreConfig(Section):
+    host_bytes: int = setting(
+        4 << 30,
+        "keep: host memory of one engine for KV, pinned where there is a GPU; what exceeds it goes to disk [bytes]",
+        ours=True,
+    )
+    spill_folder: Path | None = setting(
+        None,
+        "keep: where KV goes that the host memory does not hold, and all of it at SIGTERM; default kv in the run folder; "
+        "may be node-local",
+        ours=True,
+    )
+    compression: Literal["none", "int8", "fp8"] = setting(
+        "none", "keep: KV on the host with one scale per token and head; halves bfloat16, changes what is generated", ours=True
+    )
+    drift_samples: int = setting(
+        0,
+        "keep: restored trajectories per engine and iteration whose context is computed anew to measure kv/drift_logp_abs_mean",
+        ge=0,
+        ours=True,
+    )
+
+
 class RolloutConfig(Section):
     engine: Literal["embedded"] = setting("embedded", "what generates", ours=True)
     group_size: Positive = setting(8, "k: trajectories of one prompt drawn together", ours=True)
@@ -108,9 +131,16 @@ class RolloutConfig(Section):
     request_timeout_s: Seconds = setting(600.0, "longest silence of an engine that has requests to run [s]", ours=True)
     phase_timeout_s: Seconds = setting(7200.0, "longest rollout phase; other ranks give up after it [s]", ours=True)
     kv_policy: Literal["recompute", "keep"] = setting(
-        "recompute", "what happens to the KV of unfinished trajectories at a weight update", ours=True
+        "recompute",
+        "what happens to the KV of unfinished trajectories at a weight update: recompute drops it, and the next phase computes "
+        "their contexts again under the new weights; keep copies it to the host while training has the device and puts it back, "
+        "so that generation goes on at once, on KV of older weights. Every token records the oldest version it was sampled on",
+        ours=True,
     )
-    max_kv_age: Positive = setting(1, "keep: weight versions a KV page may lie behind", ours=True)
+    max_kv_age: Positive = setting(
+        1, "keep: weight versions a KV page may lie behind; a trajectory with an older page is recomputed", ours=True
+    )
+    kv_store: KVStoreConfig = setting(KVStoreConfig(), "where keep puts KV")
     repetition: RepetitionConfig = setting(RepetitionConfig(), "repetition detector")
     embedded: EmbeddedConfig = setting(EmbeddedConfig(), "embedded engine")
 
@@ -210,6 +240,10 @@ class Config(Section):
     @property
     def buffer_path(self) -> Path:
         return self.buffer.path or self.run.folder / "buffer.sqlite"
+
+    @property
+    def kv_folder(self) -> Path:
+        return self.rollout.kv_store.spill_folder or self.run.folder / "kv"
 
     @property
     def max_open_groups(self) -> int:

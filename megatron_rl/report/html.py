@@ -41,6 +41,7 @@ def page(run: RunData) -> str:
         sections.endings_card(run),
         sections.staleness_card(run),
         sections.mismatch_card(run),
+        sections.kv_card(run),
         sections.conservation_card(run),
         sections.config_card(run),
         samples_card(run),

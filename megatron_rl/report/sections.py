@@ -24,6 +24,7 @@ from megatron_rl.types import DropReason, Ending
 PHASES = {"rollout": 0, "reward": 4, "reference": 5, "train": 1, "publish": 3, "checkpoint": 7}  # name -> colour
 ENDINGS = {Ending.STOP: 2, Ending.LENGTH: 4, Ending.BUDGET: 0, Ending.REPEAT: 6, Ending.ABORT: 7}
 CHARTED = ("reward/", "length/mean", "tokens/", "trajectories/", "time/", "staleness/", "mismatch/", "drift/")
+CHARTED += ("kv/restored_tokens", "kv/recomputed_tokens")
 MAX_CATEGORIES = 12  # of one tag; a tag with more values names prompts rather than sorts them
 
 
@@ -77,6 +78,17 @@ def mismatch_card(run: RunData) -> str:
     names = (("mismatch/logp_abs_mean", "mismatch: current version", 1), ("drift/logp_abs_mean", "drift: older versions", 0))
     about = "Mean |difference| of their log-probs, over tokens of the current version and of older ones."
     return _card("Engine and trainer", about, *_averaged(run, names, floor=0.0))
+
+
+def kv_card(run: RunData) -> str:
+    """Only where KV was kept."""
+    if not any("kv/restored_tokens" in row for row in run.rows):
+        return ""
+    names = (("kv/restored_tokens", "put back", 2), ("kv/recomputed_tokens", "computed again", 1))
+    failures = sum(row.get("kv/restore_failures") or 0 for row in run.rows)
+    spilled = sum(row.get("kv/spilled_bytes") or 0 for row in run.rows)
+    about = f"Context tokens of continued trajectories. Failures: {failures:,}; bytes written to disk: {spilled:,}."
+    return _card("KV over the training phase", about, *_averaged(run, names, floor=0.0))
 
 
 def success_card(run: RunData) -> str:

@@ -56,6 +56,12 @@ def latest(run_folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def latest_iteration(run_folder: Path) -> int:
+    """At which a resumed run goes on; 0 before the first checkpoint. Reads only."""
+    newest = latest(run_folder)
+    return int(newest.name.removeprefix(_PREFIX)) if newest else 0
+
+
 def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Main weights and model weights from a checkpoint of any layout; returns `extra`. Collective.
 

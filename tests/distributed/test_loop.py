@@ -41,19 +41,22 @@ def trained(folder: Path) -> tuple[dict[int, Any], list[float]]:
     buffer.check()
     buffer.close()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {"trajectories": found, "engines": engines}, [row["loss"] for row in rows if "loss" in row]
+    restored = [row.get("kv/restored_tokens", 0) for row in rows]
+    return {"trajectories": found, "engines": engines, "restored": restored}, [row["loss"] for row in rows if "loss" in row]
 
 
-def test_two_ranks_generate_and_train_what_one_does(config: Path) -> None:
+def test_two_ranks_that_keep_kv_generate_and_train_what_one_does(config: Path) -> None:
     results = {}
     for ranks in (1, 2):
         folder = config.parent / f"ranks{ranks}"
-        done = subprocess.run(command(config, f"run.folder={folder}", ranks=ranks), capture_output=True, text=True, timeout=200)
+        overrides = (f"run.folder={folder}", "rollout.kv_policy=keep", "rollout.max_kv_age=2")
+        done = subprocess.run(command(config, *overrides, ranks=ranks), capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         results[ranks] = trained(folder)
     (one, one_losses), (two, two_losses) = results[1], results[2]
     assert one["engines"] == {"embedded-0"} and two["engines"] == {"embedded-0", "embedded-1"}
     assert one["trajectories"] == two["trajectories"]
+    assert one["restored"] == two["restored"] and sum(one["restored"]) > 0, "from descriptors over the wire"
     assert one_losses == pytest.approx(two_losses, rel=1e-4)
 
 

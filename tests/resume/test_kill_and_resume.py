@@ -7,9 +7,6 @@ Each run is a fork of one process that has the imports behind it (`zygote.py`). 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from safetensors.numpy import load_file
 
 from megatron_rl.rollout.buffer import ReplayBuffer
 from tests.resume.recipe import write_recipe
+from tests.resume.runs import Zygote
 
 KILL_POINTS = (
     "generating",
@@ -31,32 +29,6 @@ KILL_POINTS = (
     "after_rename",
 )
 ITERATIONS = 5
-
-
-class Zygote:
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("zygote.py")
-        self.process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(self, config: Path, folder: Path, checkpoint_every: int, kill: str | None = None) -> int:
-        assert self.process.stdin and self.process.stdout
-        log = folder.with_suffix(".log")
-        overrides = [f"run.folder={folder}", f"run.checkpoint_every={checkpoint_every}"]
-        job = {"config": str(config), "overrides": overrides, "kill": kill, "log": str(log)}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        assert answer, "the zygote died"
-        return json.loads(answer)["code"]
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    z = Zygote()
-    yield z
-    assert z.process.stdin
-    z.process.stdin.close()
-    z.process.wait(30)
 
 
 @pytest.fixture(scope="module")

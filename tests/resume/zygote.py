@@ -27,8 +27,12 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_in(owner: Any, name: str, *, call: int, after: bool = False) -> None:
-    """Die at the `call`-th call of owner.name, before or after its work."""
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill_in(owner: Any, name: str, *, call: int, after: bool = False, end: Callable[[], None] = die) -> None:
+    """Die, or be told to stop, at the `call`-th call of owner.name, before or after its work."""
     original = getattr(owner, name)
     count = 0
 
@@ -36,10 +40,10 @@ def kill_in(owner: Any, name: str, *, call: int, after: bool = False) -> None:
         nonlocal count
         count += 1
         if count == call and not after:
-            die()
+            end()
         result = original(*args, **kwargs)
         if count == call and after:
-            die()
+            end()
         return result
 
     setattr(owner, name, wrapped)
@@ -73,6 +77,8 @@ def run_job(job: dict[str, Any], points: dict[str, Callable[[], None]]) -> None:
 
 POINTS: dict[str, Callable[[], None]] = {
     "generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=60),
+    "told to stop while generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=60, end=stop),
+    "told to stop while training": lambda: kill_in(Trainer, "step", call=2, end=stop),
     "scoring": lambda: kill_in(Scorer, "score", call=12),
     "reference": lambda: kill_in(Trainer, "log_probs", call=2),
     "in_backward": lambda: kill_in(log_probs._ChunkedLogProbs, "backward", call=5),

@@ -62,14 +62,28 @@ class Chunk:
 
 @dataclass(frozen=True)
 class KVSnapshot:
-    """Host copy of one unfinished trajectory's KV, bound to what it was computed from."""
+    """Says that an engine holds the KV of one unfinished trajectory on its host, and what it was computed from.
+
+    A descriptor: the bytes stay in the process of the engine that made it, and only that engine can restore it."""
 
     trajectory_id: int
-    token_ids: np.ndarray  # int32 [tokens] whose KV is held
-    kv_versions: np.ndarray  # int32 [tokens]
-    keys: torch.Tensor  # [layers, tokens, kv_heads, head_dim]
-    values: torch.Tensor  # [layers, tokens, kv_heads, head_dim]
+    token_ids: np.ndarray  # int32 [tokens] whose KV is held: a beginning of prompt and response
+    kv_versions: np.ndarray  # int32 [tokens], oldest weight version in the page of each
+    pages: np.ndarray  # int64 [pages], where they are in the engine's host memory; empty: in a file
     fingerprint: str  # hash of run, lineage, model, layout and dtype; restored only into an equal engine
+
+
+@dataclass(frozen=True)
+class KVUsage:
+    """What an engine has done with the KV of unfinished trajectories since it was made."""
+
+    snapshot_bytes: int = 0  # copied to the host; pages that were there already do not count
+    snapshot_s: float = 0.0
+    restore_s: float = 0.0
+    spilled_bytes: int = 0  # written to files
+    restore_failures: int = 0  # trajectories whose KV was lost: no room, a damaged or missing file
+    drift_sum: float = 0.0  # of |log-prob on kept KV - log-prob on fresh KV|, `rollout.kv_store.drift_samples`
+    drift_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,11 +120,17 @@ class Engine(Protocol):
 
     async def resume_memory(self, tags: Sequence[str]) -> None: ...
 
-    async def snapshot_kv(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]: ...
+    async def snapshot_kv(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]:
+        """Keep the KV of these trajectories over the release of the cache, and forget that of all others.
+
+        Returns what is kept of them, saved now or by an earlier start of the run; those without are left out."""
+        ...
 
     async def restore_kv(self, snapshots: Sequence[KVSnapshot]) -> list[bool]:
         """One answer a snapshot: True where its KV is in place, False where it must be recomputed."""
         ...
+
+    async def kv_usage(self) -> KVUsage: ...
 
     async def health(self) -> None:
         """Returns when the engine can serve; raises EngineError when it cannot."""

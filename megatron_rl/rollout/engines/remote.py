@@ -21,7 +21,7 @@ import torch
 
 from megatron_rl.errors import EngineError, MegatronRLError
 from megatron_rl.rollout.engines import wire
-from megatron_rl.rollout.engines.base import Capabilities, Chunk, Engine, KVSnapshot, Request
+from megatron_rl.rollout.engines.base import Capabilities, Chunk, Engine, KVSnapshot, KVUsage, Request
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,8 @@ class EngineServer:
                 return wire.Snapshots(await engine.snapshot_kv(trajectory_ids))
             case wire.RestoreKV(snapshots):
                 return wire.Restored(await engine.restore_kv(snapshots))
+            case wire.AskKVUsage():
+                return await engine.kv_usage()
             case wire.Health():
                 await engine.health()
             case _:
@@ -225,6 +227,9 @@ class RemoteEngine:
 
     async def restore_kv(self, snapshots: Sequence[KVSnapshot]) -> list[bool]:
         return (await self._ask(wire.RestoreKV(list(snapshots)))).in_place
+
+    async def kv_usage(self) -> KVUsage:
+        return await self._ask(wire.AskKVUsage())
 
     async def health(self) -> None:
         await self._ask(wire.Health())

@@ -1,7 +1,7 @@
 """Frames of the wire form of the `Engine` protocol: a JSON header, then the raw bytes of its arrays.
 
     frame   = header bytes (uint32), body bytes (uint64), both big-endian; header; body
-    header  = {"call": number, "message": tree, "arrays": [[kind, dtype, shape], ...]}
+    header  = {"call": number, "message": tree, "arrays": [[dtype, shape], ...]}
 
 Only the dataclasses listed in `_TYPES` can be written or read; nothing is executed while reading. Who sends what, and how
 long one waits, is in `remote.py`.
@@ -17,10 +17,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from megatron_rl.errors import EngineError
-from megatron_rl.rollout.engines.base import Capabilities, Chunk, KVSnapshot, Request, Sampling
+from megatron_rl.rollout.engines.base import Capabilities, Chunk, KVSnapshot, KVUsage, Request, Sampling
 from megatron_rl.types import Ending
 
 _PREFIX = struct.Struct("!IQ")
@@ -94,6 +93,11 @@ class Restored:
 
 
 @dataclass(frozen=True)
+class AskKVUsage:
+    """Answered by KVUsage."""
+
+
+@dataclass(frozen=True)
 class Health:
     pass
 
@@ -119,7 +123,7 @@ _TYPES = {
     kind.__name__: kind
     for kind in (
         (Request, Sampling, Chunk, KVSnapshot, Capabilities, Describe, Description, Generate, Abort, AwaitVersion, ReleaseMemory)
-        + (ResumeMemory, SnapshotKV, Snapshots, RestoreKV, Restored, Health, Done, Failed, Alive)
+        + (ResumeMemory, SnapshotKV, Snapshots, RestoreKV, Restored, KVUsage, AskKVUsage, Health, Done, Failed, Alive)
     )
 }
 
@@ -149,15 +153,9 @@ async def receive(reader: StreamReader) -> tuple[int, Any]:
 
 
 def _to_tree(value: Any, arrays: list[np.ndarray], kinds: list[list[Any]]) -> Any:
-    if isinstance(value, torch.Tensor):
-        host = value.detach().cpu().contiguous()
-        dtype = str(host.dtype).removeprefix("torch.")
-        kinds.append(["tensor", dtype, list(host.shape)])
-        arrays.append(host.view(torch.uint8).numpy() if host.dim() else host[None].view(torch.uint8).numpy())
-        return {"array": len(arrays) - 1}
     if isinstance(value, np.ndarray):
         little = value.astype(value.dtype.newbyteorder("<"))
-        kinds.append(["numpy", little.dtype.str, list(value.shape)])
+        kinds.append([little.dtype.str, list(value.shape)])
         arrays.append(little)
         return {"array": len(arrays) - 1}
     if is_dataclass(value):
@@ -188,13 +186,8 @@ def _from_tree(tree: Any, arrays: list[Any]) -> Any:
 def _split(body: bytes, kinds: list[list[Any]]) -> list[Any]:
     arrays: list[Any] = []
     at = 0
-    for kind, dtype, shape in kinds:
-        item_bytes = getattr(torch, dtype).itemsize if kind == "tensor" else np.dtype(dtype).itemsize
-        num_bytes = int(np.prod(shape, dtype=np.int64)) * item_bytes
-        flat = np.frombuffer(body, np.uint8, num_bytes, at).copy()
+    for dtype, shape in kinds:
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        arrays.append(np.frombuffer(body, np.uint8, num_bytes, at).copy().view(dtype).reshape(shape))
         at += num_bytes
-        if kind == "tensor":
-            arrays.append(torch.from_numpy(flat).view(getattr(torch, dtype)).view(shape))
-        else:
-            arrays.append(flat.view(dtype).reshape(shape))
     return arrays

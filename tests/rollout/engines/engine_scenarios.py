@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from megatron_rl.config import EmbeddedConfig
+from megatron_rl.config import EmbeddedConfig, KVStoreConfig
 from megatron_rl.rollout.engines.base import Chunk, Request, Sampling
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
+from megatron_rl.rollout.kv_store import KeepKV
 
 VOCABULARY = 331  # no multiple of anything
 
@@ -61,11 +62,23 @@ def run(scenario: Coroutine[Any, Any, Any]) -> Any:
 
 
 def open_engine(folder: Path, **options: Any) -> EmbeddedEngine:
-    """Small pages and batches, so that edges are met; `options` of EmbeddedConfig and of the engine."""
+    """Small pages and batches, so that edges are met; `options` of EmbeddedConfig and of the engine.
+
+    With `kv_folder` KV is kept: `max_age`, and options of KVStoreConfig."""
+    if "kv_folder" in options:
+        kept = {key: options.pop(key) for key in list(options) if key in KVStoreConfig.model_fields}
+        options["keep"] = KeepKV(options.pop("max_age", 1), KVStoreConfig(**kept), options.pop("kv_folder"))
     fields = {key: options.pop(key) for key in list(options) if key in EmbeddedConfig.model_fields}
     config = EmbeddedConfig(**{"page_size": 4, "kv_bytes": 4 << 20, "batch_sizes": (1, 2, 4, 8, 64), **fields})
     options = {"dtype": torch.float32, "device": torch.device("cpu"), **options}
     return EmbeddedEngine.from_folder(folder, config=config, **options)
+
+
+def kv_of(engine: EmbeddedEngine, trajectory_id: int) -> torch.Tensor:
+    """A copy of a retained trajectory's KV: [layers, 2, kv_heads, tokens, head_dim]."""
+    held = engine._runner.scheduler.retained[trajectory_id]
+    pages = engine._runner.cache.pool[:, held.pages]  # [layers, pages, 2, kv_heads, page_size, head_dim]
+    return pages.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)[:, :, :, : held.num_computed].clone()
 
 
 def request(trajectory_id: int, context: Sequence[int], max_new_tokens: int, **options: Any) -> Request:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from engine_scenarios import collect, joined, open_engine, prompt, request, run
+from engine_scenarios import collect, joined, kv_of, open_engine, prompt, request, run
 
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.engines import base
+from megatron_rl.rollout.engines.embedded.kv_cache import Prefill, Span
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.remote import RemoteEngine, serve
 from megatron_rl.types import Ending
@@ -56,10 +57,21 @@ def test_protocol_is_frozen():
     """A change here is a change for every engine and for the wire; make it on purpose."""
     assert [f.name for f in fields(base.Sampling)] == ["temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids"]
     assert base.Sampling() == base.Sampling(1.0, 1.0, 0, 0.0, 0, ())
-    assert {kind.__name__: [f.name for f in fields(kind)] for kind in (base.Request, base.Chunk, base.KVSnapshot)} == {
+    assert {
+        kind.__name__: [f.name for f in fields(kind)] for kind in (base.Request, base.Chunk, base.KVSnapshot, base.KVUsage)
+    } == {
         "Request": ["trajectory_id", "token_ids", "max_new_tokens", "sampling", "weight_version", "kv_key"],
         "Chunk": ["trajectory_id", "token_ids", "log_probs", "weight_version", "kv_versions", "cached_tokens", "ending"],
-        "KVSnapshot": ["trajectory_id", "token_ids", "kv_versions", "keys", "values", "fingerprint"],
+        "KVSnapshot": ["trajectory_id", "token_ids", "kv_versions", "pages", "fingerprint"],
+        "KVUsage": [
+            "snapshot_bytes",
+            "snapshot_s",
+            "restore_s",
+            "spilled_bytes",
+            "restore_failures",
+            "drift_sum",
+            "drift_tokens",
+        ],
     }
     assert [f.name for f in fields(base.Capabilities)] == ["log_probs", "kv_snapshot", "memory_release", "streaming"]
     assert [e.value for e in Ending] == ["stop", "length", "budget", "repeat", "abort"]
@@ -72,6 +84,7 @@ def test_protocol_is_frozen():
         "resume_memory": ["tags"],
         "snapshot_kv": ["trajectory_ids"],
         "restore_kv": ["snapshots"],
+        "kv_usage": [],
         "health": [],
         "close": [],
     }
@@ -142,9 +155,9 @@ def test_abort_of_everything_ends_waiting_requests_too(kind, folder):
     run(scenario())
 
 
-def test_keeping_kv_reuses_it_and_records_its_version(kind, folder):
+def test_keeping_kv_reuses_it_and_records_its_version(kind, folder, tmp_path):
     async def scenario():
-        async with opened(kind, folder, kv_policy="keep", max_kv_age=1) as (engine, embedded):
+        async with opened(kind, folder, kv_folder=tmp_path, max_age=1) as (engine, embedded):
             context = prompt(0, 11)
             first = (await collect(engine, [request(0, context, 6, seed=1)]))[0]
             await publish(engine, embedded, folder, 1, factor=1.01)
@@ -180,27 +193,99 @@ def test_recompute_policy_drops_kv_and_equals_an_engine_that_never_had_it(kind, 
     run(scenario())
 
 
-def test_kv_snapshot_survives_the_release_of_the_cache(kind, folder):
+def test_kept_kv_survives_the_release_of_the_cache_and_continues_to_the_bit(kind, folder, tmp_path):
     async def scenario():
-        async with opened(kind, folder) as (engine, _):
+        async with opened(kind, folder, kv_folder=tmp_path) as (engine, embedded):
             context = prompt(0, 11)
             first = (await collect(engine, [request(0, context, 6, seed=1)]))[0]
             context += first.token_ids.tolist()
+            before = kv_of(embedded, 0)
             (snapshot,) = await engine.snapshot_kv([0, 77])
+            assert snapshot.token_ids.tolist() == context[:16] and snapshot.kv_versions.tolist() == [0] * 16
             await engine.release_memory(["kv_cache"])
             with pytest.raises(EngineError, match="released"):
                 await collect(engine, [request(0, context, 6)])
+            assert await engine.restore_kv([snapshot]) == [False], "nowhere to put it"
             await engine.resume_memory(["kv_cache"])
-            assert snapshot.keys.shape == (3, 16, 2, 12) and snapshot.token_ids.tolist() == context[:16]
-            foreign = base.KVSnapshot(**{**{f.name: getattr(snapshot, f.name) for f in fields(snapshot)}, "fingerprint": "no"})
-            assert await engine.restore_kv([foreign, snapshot]) == [False, True]
-            again = (await engine.snapshot_kv([0]))[0]
-            assert torch.equal(again.keys, snapshot.keys) and torch.equal(again.values, snapshot.values)
+            assert await engine.restore_kv([replace(snapshot, fingerprint="no")]) == [False]
+            assert await engine.restore_kv([snapshot, replace(snapshot, trajectory_id=5)]) == [True, False]
+            assert torch.equal(kv_of(embedded, 0), before)
+            assert (await engine.kv_usage()).restore_failures == 2
             second = (await collect(engine, [request(0, context, 40, seed=1)]))[0]
             assert second.cached_tokens == 16
         async with opened(kind, folder) as (engine, _):
             whole = (await collect(engine, [request(0, prompt(0, 11), 46, seed=1)]))[0]
         assert [*first.token_ids, *second.token_ids] == whole.token_ids.tolist()
+        assert [*first.log_probs, *second.log_probs] == whole.log_probs.tolist(), "same shapes, same bits"
+
+    run(scenario())
+
+
+def test_a_group_goes_on_after_keep_to_the_bit_and_after_recompute_within_rounding(folder, tmp_path):
+    """Weights unchanged, version and all: publish, release and resume between two halves of four responses."""
+
+    def half(contexts, num_tokens, version):
+        return [request(i, c, num_tokens, seed=3, kv_key="g", weight_version=version) for i, c in contexts.items()]
+
+    async def generate(interrupt, **options):
+        async with opened("embedded", folder, batch_sizes=(64,), **options) as (engine, _):
+            contexts = {i: prompt(0, 19) for i in range(4)}
+            first = await collect(engine, half(contexts, 12, 0))
+            contexts = {i: [*context, *first[i].token_ids] for i, context in contexts.items()}
+            if interrupt:
+                snapshots = await engine.snapshot_kv(list(contexts))
+                await engine.release_memory(["weights", "kv_cache"])
+                await publish(engine, engine, folder, 1)
+                await engine.resume_memory(["kv_cache"])
+                assert await engine.restore_kv(snapshots) == [True] * len(snapshots)
+            second = await collect(engine, half(contexts, 25, int(interrupt)))
+            usage = await engine.kv_usage()
+            return second, usage.drift_sum / max(usage.drift_tokens, 1), usage.drift_tokens
+
+    async def scenario():
+        whole, *_ = await generate(False)
+        kept, drift, num_measured = await generate(True, kv_folder=tmp_path, drift_samples=3)
+        recomputed, *_ = await generate(True)
+        for i, chunk in whole.items():
+            assert kept[i].cached_tokens == 30 and recomputed[i].cached_tokens == (19 if i else 0), "only the prompt is shared"
+            assert kept[i].token_ids.tolist() == recomputed[i].token_ids.tolist() == chunk.token_ids.tolist()
+            assert kept[i].log_probs.tolist() == chunk.log_probs.tolist()
+            np.testing.assert_allclose(recomputed[i].log_probs, chunk.log_probs, atol=1e-5)
+            assert kept[i].kv_versions.tolist() == [0] * 25 and recomputed[i].kv_versions.tolist() == [1] * 25
+        assert num_measured == 3 * 5 and drift < 1e-5, "the same weights under a new number: nothing has drifted"
+
+    run(scenario())
+
+
+def test_drift_is_what_new_weights_say_of_the_same_tokens_on_old_and_on_new_kv(kind, folder, tmp_path):
+    async def scenario():
+        async with opened(kind, folder, kv_folder=tmp_path, drift_samples=1) as (engine, embedded):
+            context = prompt(0, 18)
+            await collect(engine, [request(0, context, 1, seed=1)])
+            snapshots = await engine.snapshot_kv([0])
+            await engine.release_memory(["kv_cache"])
+            await publish(engine, embedded, folder, 1, factor=1.1)
+            await engine.resume_memory(["kv_cache"])
+            old_kv = await last_log_probs(embedded, context, await engine.restore_kv(snapshots) == [True])
+            usage = await engine.kv_usage()
+            new_kv = await last_log_probs(embedded, context, False)
+        assert usage.drift_tokens == len(old_kv) == 5
+        assert usage.drift_sum == pytest.approx(np.abs(old_kv - new_kv).sum(), rel=1e-3) and usage.drift_sum > 0.01
+
+    async def last_log_probs(embedded, context, on_kept_kv):
+        """Of tokens 13 .. 17, each decoded for itself on the kept pages of the first 12, or on none: greedy scores one token
+        only, so the model is asked directly."""
+        runner = embedded._runner
+        pages = runner.scheduler.retained[0].pages[:3] if on_kept_kv else []
+        pages = pages + runner.scheduler.pages.take(5 - len(pages), 1).tolist()
+        with torch.inference_mode():
+            first = 12 if on_kept_kv else 0
+            hidden = [
+                runner._model.forward(torch.tensor(context[i : i + 1]), Prefill(runner.cache, [Span(pages, i, i + 1)]))
+                for i in range(first, 17)
+            ]
+            log_probs = runner._model.logits(torch.cat(hidden))[12 - first :].log_softmax(-1)
+        return log_probs.gather(1, torch.tensor(context[13:])[:, None])[:, 0].double().numpy()
 
     run(scenario())
 

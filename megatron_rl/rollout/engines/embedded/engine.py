@@ -20,17 +20,17 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from megatron_rl.config import EmbeddedConfig
 from megatron_rl.errors import EngineError, MegatronRLError
 from megatron_rl.model_config import ModelConfig
-from megatron_rl.rollout.engines.base import Capabilities, Chunk, KVSnapshot, Request
-from megatron_rl.rollout.engines.embedded import snapshots
+from megatron_rl.rollout.engines.base import Capabilities, Chunk, KVSnapshot, KVUsage, Request
 from megatron_rl.rollout.engines.embedded.runner import Runner
 from megatron_rl.rollout.engines.embedded.weights import read_folder
+from megatron_rl.rollout.kv_store import KeepKV
 
 T = TypeVar("T")
 _POLL_S = 5.0  # longest time between two looks whether the worker still moves
@@ -48,21 +48,19 @@ class EmbeddedEngine:
         config: EmbeddedConfig,
         dtype: torch.dtype,
         device: torch.device,
-        kv_policy: Literal["recompute", "keep"] = "recompute",
-        max_kv_age: int = 1,
         name: str = "embedded",
+        keep: KeepKV | None = None,
         identity: str = "",
         silence_s: float = 600.0,
     ) -> None:
-        """identity: run and lineage, what KV snapshots are bound to; silence_s: longest wait without progress [s]."""
+        """keep: how KV is kept over a weight update, None where it is recomputed; identity: run and lineage, what kept KV is
+        bound to; silence_s: longest wait without progress [s]."""
         self.name = name
         self.weight_version = 0
-        self._identity = identity
-        self._kv_age = max_kv_age if kv_policy == "keep" else None
         self._silence_s = silence_s
         self._poll_s = min(_POLL_S, silence_s)
         with torch.inference_mode():
-            self._runner = Runner(model, config, dtype, device)
+            self._runner = Runner(model, config, dtype, device, keep=keep, identity=identity)
         self._commands: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._streams: dict[int, _Stream] = {}  # worker's: trajectory id -> who listens
         self._answering: Future[Any] | None = None
@@ -80,7 +78,7 @@ class EmbeddedEngine:
         engine._post(engine._runner.begin_load)
         for tensor in read_folder(Path(folder)):
             engine._post(partial(engine._runner.take_bucket, [tensor])).result(engine._silence_s)
-        engine._post(lambda: engine._runner.finish_load(version, None)).result(engine._silence_s)
+        engine._post(lambda: engine._runner.finish_load(version)).result(engine._silence_s)
         engine.weight_version = version
         return engine
 
@@ -110,7 +108,7 @@ class EmbeddedEngine:
         await self._call(self._runner.begin_load)
         for bucket in buckets:
             await self._call(partial(self._runner.take_bucket, bucket))
-        await self._call(lambda: self._runner.finish_load(version, self._kv_age))
+        await self._call(lambda: self._runner.finish_load(version))
         self.weight_version = version
 
     async def release_memory(self, tags: Sequence[str]) -> None:
@@ -124,11 +122,26 @@ class EmbeddedEngine:
             await self._call(self._runner.allocate)
 
     async def snapshot_kv(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]:
-        """Of those among `trajectory_ids` whose KV is held; the others are left out."""
-        return await self._call(lambda: self._snapshot(trajectory_ids))
+        return await self._call(lambda: self._runner.snapshot(trajectory_ids))
 
-    async def restore_kv(self, to_restore: Sequence[KVSnapshot]) -> list[bool]:
-        return await self._call(lambda: self._restore(to_restore))
+    async def restore_kv(self, snapshots: Sequence[KVSnapshot]) -> list[bool]:
+        return await self._call(lambda: self._runner.restore(snapshots))
+
+    async def kv_usage(self) -> KVUsage:
+        store = self._runner.store
+        return await self._call(lambda: store.usage if store else KVUsage())
+
+    async def spill_kv(self) -> None:
+        """Write kept KV out of this process, for the next start of the run."""
+        store = self._runner.store
+        if store:
+            await self._call(store.spill_all)
+
+    async def forget_kv(self) -> None:
+        """Kept KV goes, and its files."""
+        store = self._runner.store
+        if store:
+            await self._call(store.clear)
 
     async def health(self) -> None:
         await self._call(lambda: None)
@@ -253,22 +266,6 @@ class EmbeddedEngine:
             batches.setdefault(stream, []).append(chunk)
         for stream, batch in batches.items():
             stream.send(batch)
-
-    def _snapshot(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]:
-        cache = self._runner.cache
-        if cache is None:
-            return []
-        mark = snapshots.fingerprint(self._runner.model_config, cache, self._identity)
-        taken = (snapshots.take(self._runner.scheduler, cache, i, mark) for i in trajectory_ids)
-        return [snapshot for snapshot in taken if snapshot is not None]
-
-    def _restore(self, to_restore: Sequence[KVSnapshot]) -> list[bool]:
-        cache, scheduler = self._runner.cache, self._runner.scheduler
-        if cache is None:
-            return [False] * len(to_restore)
-        mark = snapshots.fingerprint(self._runner.model_config, cache, self._identity)
-        oldest_kept = scheduler.version - (self._kv_age or 0)
-        return [snapshots.put_back(scheduler, cache, s, mark, oldest_kept) for s in to_restore]
 
 
 class _Stream:

@@ -7,20 +7,23 @@ All its methods are called from one thread. It refuses what could never run (`ch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from megatron_rl.config import EmbeddedConfig
 from megatron_rl.errors import EngineError
+from megatron_rl.kernels.kv_pages import PagedPool, slot_bytes_of
 from megatron_rl.model_config import ModelConfig
-from megatron_rl.rollout.engines.base import Chunk, Request
+from megatron_rl.rollout.engines.base import Chunk, KVSnapshot, Request
+from megatron_rl.rollout.engines.embedded import drift, snapshots
 from megatron_rl.rollout.engines.embedded.kv_cache import Decode, KVCache, Prefill, Span
 from megatron_rl.rollout.engines.embedded.model import CausalModel
 from megatron_rl.rollout.engines.embedded.sampling import Draw, sample
 from megatron_rl.rollout.engines.embedded.scheduler import Piece, Running, Scheduler
 from megatron_rl.rollout.engines.embedded.weights import WeightLoader
+from megatron_rl.rollout.kv_store import KeepKV, KVStore
 from megatron_rl.types import Ending
 
 CHUNK_TOKENS = 8  # tokens gathered before a chunk is handed out
@@ -36,8 +39,17 @@ class _Output:
 
 
 class Runner:
-    def __init__(self, model: ModelConfig, config: EmbeddedConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises EngineError when `kv_bytes` does not hold a single page."""
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EmbeddedConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        keep: KeepKV | None = None,
+        identity: str = "",
+    ) -> None:
+        """Raises EngineError when `kv_bytes` does not hold a single page. keep, identity: as in `EmbeddedEngine`."""
         assert max(config.batch_sizes) >= config.max_running, "checked with the configuration"
         self.config = config
         self.model_config = model
@@ -57,7 +69,16 @@ class Runner:
             self._num_pages, config.page_size, max_running=config.max_running, prefill_tokens=config.prefill_tokens
         )
         self.cache: KVCache | None = None
+        self.store: KVStore | None = None
+        self._keep = keep
         self.allocate()
+        assert self.cache is not None, "just allocated"
+        if keep:
+            compression, pool = keep.settings.compression, PagedPool.from_pool(self.cache.pool)
+            mark = snapshots.fingerprint(model, self.cache, compression, identity)
+            slot_bytes, size = slot_bytes_of(pool, compression), config.page_size
+            self.store = KVStore(keep, self.scheduler.pages, page_size=size, slot_bytes=slot_bytes, fingerprint=mark)
+            self.store.attach(pool)
 
     @property
     def has_work(self) -> bool:
@@ -68,12 +89,16 @@ class Runner:
         if self.cache is None:
             size = self.config.page_size
             self.cache = KVCache(self.model_config, self._num_pages, size, self._model.dtype, self._model.device)
+            if self.store:
+                self.store.attach(PagedPool.from_pool(self.cache.pool))
 
     def release(self, tags: Sequence[str]) -> None:
         """Give memory back: `kv_cache`, and with it retained KV, until `allocate`; `weights` until the next load."""
         self._refuse_while_running("release_memory")
         if "kv_cache" in tags:
             self.drop_retained()
+            if self.store:
+                self.store.detach()
             self.cache = None
         if "weights" in tags:
             self.has_weights = False
@@ -83,6 +108,29 @@ class Runner:
     def drop_retained(self) -> None:
         for trajectory_id in list(self.scheduler.retained):
             self.scheduler.drop_retained(trajectory_id)
+
+    def snapshot(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]:
+        """Nothing where KV is not kept, or the cache is released."""
+        if self.store is None or self.cache is None:
+            return []
+        return snapshots.take(self.scheduler, self.store, trajectory_ids)
+
+    def restore(self, to_restore: Sequence[KVSnapshot]) -> list[bool]:
+        if self.store is None or self._keep is None or self.cache is None:
+            return [False] * len(to_restore)
+        in_place = snapshots.put_back(self.scheduler, self.store, to_restore, self._keep.max_age)
+        restored = [s.trajectory_id for s, found in zip(to_restore, in_place, strict=True) if found]
+        old = [i for i in restored if self.scheduler.retained[i].kv_version < self.scheduler.version]
+        for trajectory_id in old[: self._keep.settings.drift_samples]:
+            self._measure_drift(self.cache, self.store, self.scheduler.retained[trajectory_id])
+        return in_place
+
+    def _measure_drift(self, cache: KVCache, store: KVStore, trajectory: Running) -> None:
+        if not self.has_weights:
+            return
+        found = drift.differences(self._model, cache, self.scheduler, trajectory, self.config.prefill_tokens)
+        usage = store.usage
+        store.usage = replace(usage, drift_sum=usage.drift_sum + float(found.sum()), drift_tokens=usage.drift_tokens + len(found))
 
     def check(self, request: Request) -> None:
         """Raises EngineError for a request that can never run here."""
@@ -215,13 +263,12 @@ class Runner:
         for name, tensor in bucket:
             self._loader.take(name, tensor)
 
-    def finish_load(self, version: int, max_kv_age: int | None) -> None:
-        """max_kv_age: weight versions retained KV may lie behind, None where it is recomputed."""
+    def finish_load(self, version: int) -> None:
         assert self._loader is not None, "begin_load comes first"
         self._loader.finish()
         self._loader = None
         self.has_weights = True
-        self.scheduler.change_version(version, version + 1 if max_kv_age is None else version - max_kv_age)
+        self.scheduler.change_version(version, version - self._keep.max_age if self._keep else version + 1)
 
     def _refuse_while_running(self, what: str) -> None:
         if self.has_work:
