@@ -35,6 +35,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 bench: $(READY)
+	$(VENV)/bin/python benchmarks/control_plane.py
 	$(VENV)/bin/python benchmarks/embedded_engine.py
 	$(VENV)/bin/python benchmarks/iteration_vs_trl.py
 	$(VENV)/bin/python benchmarks/table.py
@@ -42,7 +43,7 @@ bench: $(READY)
 setup: $(READY)
 
 $(READY): tools/set_up.py requirements/cpu.txt requirements/constraints-cpu.txt pyproject.toml $(KERNEL_SOURCES)
-	@command -v $(PYTHON) >/dev/null || { echo "set-up: no $(PYTHON) here. Install it with: apt-get install python3 python3-venv python3-dev gcc"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "set-up: no $(PYTHON) here. Install it with: apt-get install python3 python3-venv python3-dev g++"; exit 1; }
 	@$(PYTHON) tools/set_up.py "$(VENV)" --torch "$(TORCH)"
 	@touch $@
 

@@ -39,7 +39,7 @@ ops = (CUDAExtension if HAS_CUDA else CppExtension)(
 )
 state = Extension(
     "megatron_rl.kernels._state",
-    sources("bindings/state*.cpp", "kv/allocator.cpp", "packing/*.cpp"),
+    sources("bindings/state*.cpp", "kv/allocator.cpp", "packing/*.cpp", "repetition/*.cpp"),
     include_dirs=[str(CSRC), str(Path(torch.__file__).parent / "include")],  # torch ships pybind11's headers
     extra_compile_args=[*OPTIMISE, "-std=c++17", "-fvisibility=hidden"],
     define_macros=[("MEGATRON_RL_TORCH", f'"{torch.__version__}"')],

@@ -82,12 +82,6 @@ def rows_of(name: str, run: dict[str, Any]) -> list[Row]:
     ]
 
 
-def memory_rows(name: str, run: dict[str, Any]) -> list[Row]:
-    """None for a run whose metrics do not hold it."""
-    peak = run["peak_bytes"]
-    return [gain(f"{name}: peak memory", peak / 1e9, 4.0, "allowed at most", unit="GB")] if peak else []
-
-
 def mean_rows(runs: list[dict[str, Any]]) -> list[Row]:
     last, first = [run["last"] for run in runs], [run["first"] for run in runs]
     after = [run["evaluation"]["after"]["mean"] for run in runs]

@@ -19,17 +19,19 @@ FOLDER = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One measured case. Ratios above 1 mean that we are ahead; a limit is what the hardware allows."""
+    """One measured case. Ratios above 1 mean that we are ahead; a limit is what the hardware allows.
+
+    peer: None where nothing else does this, or where it failed; then peer_name says why."""
 
     case: str
     unit: str
     ours: float
-    peer: float
-    peer_name: str
+    peer: float | None
+    peer_name: str | None
     limit: float | None
-    ratio_to_peer: float
+    ratio_to_peer: float | None
     ratio_to_limit: float | None
-    spread: Mapping[str, tuple[float, float]]  # lowest and highest of the repeats, by side
+    spread: Mapping[str, tuple[float, float]]  # lowest and highest of the repeats, by side; on a GPU, p10 and p90
 
 
 def write_result(
@@ -39,15 +41,21 @@ def write_result(
     ceilings: Mapping[str, float],
     packages: Sequence[str],
     curves: Mapping[str, Sequence[float]] | None = None,
+    device: torch.device | None = None,
+    folder: Path = FOLDER,
 ) -> Path:
-    """`curves`: what rows sum up, one list a run, e.g. correctness of every iteration."""
+    """`curves`: what rows sum up, one list a run, e.g. correctness of every iteration. `device`: a GPU, if one was measured."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=10
     )
     content = {
         "name": name,
-        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "device": device_name(device),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+            **gpu_versions(device),
+        },
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit.stdout.strip() or None,
         "command": " ".join(["python", *sys.argv]),
@@ -55,10 +63,25 @@ def write_result(
         "rows": [asdict(row) for row in rows],
         **({"curves": {name: list(curve) for name, curve in curves.items()}} if curves else {}),
     }
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def device_name(device: torch.device | None) -> str:
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def gpu_versions(device: torch.device | None) -> dict[str, str]:
+    """CUDA that torch was built with, and the driver's version where nvidia-smi tells it."""
+    if device is None or device.type != "cuda":
+        return {}
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=30)
+    return {"cuda": str(torch.version.cuda), "driver": told.stdout.split("\n")[0].strip() or "unknown"}
 
 
 def cpu_name() -> str:

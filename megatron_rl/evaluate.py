@@ -20,7 +20,7 @@ from megatron_rl.errors import DataError, RewardError
 from megatron_rl.rewards.scorer import Scorer
 from megatron_rl.rollout.engines.base import Request, Sampling
 from megatron_rl.rollout.engines.embedded.engine import EmbeddedEngine
-from megatron_rl.training.model import DTYPES
+from megatron_rl.training.model import compute_dtype
 from megatron_rl.types import Ending, OutcomeKind, Prompt
 
 BOOTSTRAP_DRAWS = 10_000
@@ -50,7 +50,7 @@ def evaluate(config: Config, model_folder: Path, *, split: str = "held_out", gre
         raise DataError(f"split {split!r} is empty; set data.held_out to the number of prompts to keep out of training")
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     engine = EmbeddedEngine.from_folder(
-        model_folder, config=config.rollout.embedded, dtype=DTYPES[config.model.dtype], device=device, name="evaluation"
+        model_folder, config=config.rollout.embedded, dtype=compute_dtype(config), device=device, name="evaluation"
     )
     temperature = 0.0 if greedy else config.rollout.temperature
     correct, tokens = asyncio.run(_answer(config, engine, tokenizer, prompts, samples, temperature))

@@ -37,6 +37,14 @@ class ModelConfig:
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
 
+    @property
+    def attention_cost(self) -> float:
+        """What a row pays for each position it attends to, as a share of its matmuls: both in multiply-adds."""
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        layer = self.hidden_size * (2 * heads + 2 * kv_heads + 3 * self.ffn_size)
+        row = self.num_layers * layer + self.vocab_size * self.hidden_size
+        return self.num_layers * 2 * heads / row
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
         """Raises DataError for a missing folder, an unknown architecture or an unsupported feature."""

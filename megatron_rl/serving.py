@@ -26,7 +26,7 @@ from megatron_rl.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_rl.rollout.engines.remote import RemoteEngine, serve
 from megatron_rl.rollout.kv_store import KeepKV
 from megatron_rl.training import cpu
-from megatron_rl.training.model import DTYPES
+from megatron_rl.training.model import compute_dtype
 from megatron_rl.training.parallel import Launch
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def embedded_engine(config: Config, model: ModelConfig, *, name: str, identity: 
     return EmbeddedEngine(
         model,
         config=rollout.embedded,
-        dtype=DTYPES[config.model.dtype],
+        dtype=compute_dtype(config),
         device=cpu.device(),
         name=name,
         keep=keep,

@@ -77,8 +77,8 @@ def test_set_up_names_everything_that_is_missing_in_one_line(set_up: ModuleType)
     good = set_up.Machine(python=(3, 12), has_venv=True, has_compiler=True, has_headers=True, free_mb=10**6)
     assert set_up.find_problem(good) is None
     bare = replace(good, has_venv=False, has_compiler=False, has_headers=False)
-    assert set_up.find_problem(bare).endswith("\n  apt-get install python3.12-venv gcc python3.12-dev")
-    assert set_up.find_problem(replace(good, has_compiler=False)).endswith("\n  apt-get install gcc")
+    assert set_up.find_problem(bare).endswith("\n  apt-get install python3.12-venv g++ python3.12-dev")
+    assert set_up.find_problem(replace(good, has_compiler=False)).endswith("\n  apt-get install g++")
     assert "Python 3.9 is too old" in set_up.find_problem(replace(bare, python=(3, 9)))
     assert f"needs {set_up.DISK_MB} MB" in set_up.find_problem(replace(good, free_mb=10))
 

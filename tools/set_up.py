@@ -77,7 +77,7 @@ def set_up(venv: Path, torch_requirement: str) -> None:
         pinned = (REQUIREMENTS / "constraints-cpu.txt").read_text(encoding="utf-8")
         constraints.write_text(f"{pinned}\ntorch=={torch}\n", encoding="utf-8")
         pip(python, "-r", str(REQUIREMENTS / "cpu.txt"), "-c", str(constraints))
-    print("set-up: [3/3] megatron_rl itself", flush=True)
+    print("set-up: [3/3] megatron_rl itself; its C++ kernels are compiled, about a minute", flush=True)
     pip(python, "--no-build-isolation", "--no-deps", "-e", str(PROJECT))
     if importable_torch(python) != torch:
         raise SetUpError(f"{venv}: torch changed from {torch} during the set-up; remove the folder and try again")
@@ -91,7 +91,7 @@ def this_machine(venv: Path) -> Machine:
     return Machine(
         python=sys.version_info[:2],
         has_venv=found("venv") and found("ensurepip"),
-        has_compiler=shutil.which("gcc") is not None,
+        has_compiler=all(shutil.which(name) for name in ("gcc", "g++")),
         has_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
         free_mb=DISK_MB if (venv / "bin").exists() else shutil.disk_usage(existing).free >> 20,
     )
@@ -103,10 +103,10 @@ def find_problem(m: Machine) -> str | None:
     if m.python < MIN_PYTHON:
         wanted = ".".join(map(str, MIN_PYTHON))
         return f"Python {version} is too old; megatron_rl needs {wanted} or later. Give another: make PYTHON=python{wanted}"
-    missing = {f"python{version}-venv": m.has_venv, "gcc": m.has_compiler, f"python{version}-dev": m.has_headers}
+    missing = {f"python{version}-venv": m.has_venv, "g++": m.has_compiler, f"python{version}-dev": m.has_headers}
     packages = [name for name, present in missing.items() if not present]
     if packages:
-        why = "the venv module makes the environment; gcc and Python.h build reasoning-gym's pycosat"
+        why = "the venv module makes the environment; g++ and Python.h build our kernels and reasoning-gym's pycosat"
         return f"missing {', '.join(packages)} ({why}). Install with:\n  apt-get install {' '.join(packages)}"
     if m.free_mb < DISK_MB:
         return f"{m.free_mb} MB free here; the environment needs {DISK_MB} MB. Free some, or give VENV=FOLDER on another disk"

@@ -7,5 +7,7 @@
 namespace megatron_rl {
 
 void bind_allocator(pybind11::module_& m);
+void bind_packing(pybind11::module_& m);
+void bind_repetition(pybind11::module_& m);
 
 }  // namespace megatron_rl

@@ -36,8 +36,10 @@ class RunConfig(Section):
 
 class ModelSection(Section):
     folder: Path = setting(doc="Hugging Face model folder: config.json, safetensors, tokenizer")
-    dtype: Literal["float32", "bfloat16"] = setting(
-        "bfloat16", "compute dtype; main weights and gradients are float32", ours=True
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto",
+        "compute dtype; main weights and gradients are float32; auto: bfloat16 where the hardware is fast at it, else float32",
+        ours=True,
     )
 
 

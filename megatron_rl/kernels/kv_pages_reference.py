@@ -23,7 +23,9 @@ def gather(pool: PagedPool, pages: torch.Tensor, out: torch.Tensor, *, scheme: S
     for i, region in enumerate(pool.regions):
         rows = region.index_select(0, pages).flatten(1, 2).float()  # [n, rows, head_dim]
         largest = rows.abs().amax(2)
-        scale = torch.where(largest.isfinite(), (largest / LARGEST[scheme]).clamp(min=SMALLEST_SCALE), torch.nan)
+        scale = torch.where(
+            largest.isfinite(), (largest / largest.new_tensor(LARGEST[scheme])).clamp(min=SMALLEST_SCALE), torch.nan
+        )
         scaled = torch.where(scale.isfinite()[..., None], rows / scale[..., None], 0.0)
         if scheme == "int8":
             codes[:, i] = scaled.round().clamp(-127, 127).to(torch.int8).view(torch.uint8)

@@ -71,9 +71,11 @@ class Continuation:
         self._made = self._kept = 0
         before = trajectory.token_ids
         self._last_token: int | None = int(before[-1]) if len(before) else None
-        if detector:
-            for token in before[-detector.window :].tolist():
-                self.has_repeated = detector.push(token)
+        decisive = before[-detector.window :] if detector else before[:0]
+        while detector and len(decisive):  # once, unless an earlier run with other limits let a repetition pass
+            fired_at = detector.push_many(decisive)
+            self.has_repeated = fired_at == len(decisive) - 1
+            decisive = decisive[len(decisive) if fired_at is None else fired_at + 1 :]
 
     @property
     def id(self) -> int:
@@ -146,9 +148,8 @@ class Continuation:
 
     def _until_repetition(self, token_ids: np.ndarray) -> int:
         """How many of these tokens count: all, or those up to where the detector fires."""
-        if self._detector:
-            for i, token in enumerate(token_ids.tolist()):
-                if self._detector.push(token):
-                    self.has_repeated = True
-                    return i + 1
-        return len(token_ids)
+        fired_at = self._detector.push_many(token_ids) if self._detector else None
+        if fired_at is None:
+            return len(token_ids)
+        self.has_repeated = True
+        return fired_at + 1

@@ -1,53 +1,30 @@
 """Finds a response that has begun to repeat itself (paper 2.6.2), token by token, exactly.
 
-What happens to such a response is decided in `scheduler.py`; what it costs, in the rewards.
+The work is done in csrc/repetition/; the limits are checked here. What happens to such a response is decided in `scheduler.py`;
+what it costs, in the rewards.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-
 from megatron_rl.errors import ConfigError
+from megatron_rl.kernels.build import state
+
+MAX_WINDOW = 2**31 - 1  # run lengths are int32
 
 
-class RepetitionDetector:
+class RepetitionDetector(state.RepetitionDetector):
     """Fires where, for some p in 1..max_period and some r >= min_repeats with p * r >= min_tokens, the last p * r tokens
     are r copies of one block of length p.
 
-    The last n tokens repeat with period p where each of the last n - p equals the token p before it. So one run length a
-    period is enough, and only periods at which the newest token occurred before have a run at all: a push costs as many
-    steps as the token occurs among the last `max_period`. Raises ConfigError for limits without a meaning."""
+    `push(token)` says whether the tokens so far end in a repetition. `push_many(token_ids)`, int32 [tokens], pushes until it
+    fires and returns the index of that token, or None. `window`: the tokens that decide whether it fires; a new detector given
+    the last `window` ones goes on like this one. A push costs max_period steps of vector code, whatever the tokens."""
 
     def __init__(self, max_period: int, min_repeats: int, min_tokens: int = 64) -> None:
+        """Raises ConfigError for limits without a meaning."""
+        found = f"rollout.repetition: max_period={max_period}, min_repeats={min_repeats}, min_tokens={min_tokens}"
         if max_period < 1 or min_repeats < 2 or min_tokens < 1:
-            raise ConfigError(
-                f"rollout.repetition: max_period={max_period}, min_repeats={min_repeats}, min_tokens={min_tokens}: "
-                "must be at least 1, 2 and 1"
-            )
-        self._max_period = max_period
-        # Index p: length of the run of equal tokens, p apart, that is the least repetition asked for.
-        self._needed = [0] + [p * (max(min_repeats, -(-min_tokens // p)) - 1) for p in range(1, max_period + 1)]
-        self._runs: dict[int, int] = {}  # period -> run length up to the newest token
-        self._positions: defaultdict[int, deque[int]] = defaultdict(deque)  # token -> where it was, oldest first
-        self._count = 0
-
-    @property
-    def window(self) -> int:
-        """Tokens that decide whether it fires: a new detector given the last `window` ones goes on like this one."""
-        return max(needed + period for period, needed in enumerate(self._needed))
-
-    def push(self, token: int) -> bool:
-        """Whether the tokens pushed so far, this one included, end in a repetition."""
-        seen = self._positions[token]
-        while seen and seen[0] < self._count - self._max_period:
-            seen.popleft()
-        before, self._runs = self._runs, {}
-        fires = False
-        for position in seen:
-            period = self._count - position
-            run = before.get(period, 0) + 1
-            self._runs[period] = run
-            fires = fires or run >= self._needed[period]
-        seen.append(self._count)
-        self._count += 1
-        return fires
+            raise ConfigError(f"{found}: must be at least 1, 2 and 1")
+        if max_period * min_repeats + max_period + min_tokens > MAX_WINDOW:
+            raise ConfigError(f"{found}: a repetition of that many tokens is never met; lower them below 2**31 tokens in all")
+        super().__init__(max_period, min_repeats, min_tokens)

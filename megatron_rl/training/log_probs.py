@@ -88,7 +88,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
             slope.mul_(grad[rows, None] / vocabulary.temperature)
             slope = slope.to(hidden.dtype)
             grad_hidden[rows] = slope @ weight[:num_real]
-            grad_weight[:num_real] += slope.T @ hidden[rows]
+            if slope.dtype == grad_weight.dtype:  # added in place: the product of a large vocabulary is not held beside its sum
+                grad_weight[:num_real].addmm_(slope.T, hidden[rows])
+            else:
+                grad_weight[:num_real] += slope.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 

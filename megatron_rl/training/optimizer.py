@@ -19,7 +19,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_rl.config import Config
-from megatron_rl.training.model import DTYPES, PolicyModel
+from megatron_rl.training.model import PolicyModel, compute_dtype
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class PolicyOptimizer:
 
 def _megatron_config(config: Config) -> OptimizerConfig:
     o = config.training.optimizer
-    dtype = DTYPES[config.model.dtype]
+    dtype = compute_dtype(config)
     settings: dict[str, Any] = {
         "optimizer": "adam",
         "lr": o.lr,

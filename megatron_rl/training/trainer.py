@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from torch.nn import functional
 
 from megatron_rl.algorithms import Objective
 from megatron_rl.config import Config
@@ -28,7 +29,7 @@ from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import cpu
 from megatron_rl.training.log_probs import Vocabulary, log_probs_and_entropy
 from megatron_rl.training.micro_batch import MicroBatch, Place, prepare
-from megatron_rl.training.model import DTYPES, PolicyModel, build_model
+from megatron_rl.training.model import PolicyModel, build_model, compute_dtype
 from megatron_rl.training.optimizer import PolicyOptimizer
 from megatron_rl.training.packing import PackedBatch, plan
 from megatron_rl.training.parallel import Messages
@@ -54,8 +55,8 @@ class TrainingBatch:
     num_micro_batches: int  # over all ranks, in one pass
 
 
-# Packs are padded to whole blocks of rows: kernels like them, and oneDNN keeps a compiled matmul, with its memory, for every
-# number of rows it has met.
+# Packs, and the rows that carry loss, are padded to whole blocks: kernels like them, and oneDNN keeps a compiled matmul,
+# with its memory, for every number of rows it has met.
 ROWS = 64
 
 
@@ -75,7 +76,7 @@ class Trainer:
             context_rank=self._context_group.rank(),
             context_size=self._context_group.size(),
             device=cpu.device(),
-            dtype=DTYPES[config.model.dtype],
+            dtype=compute_dtype(config),
             inverse_frequencies=model.inverse_frequencies().to(cpu.device()),
         )
         self._tensor_group = parallel_state.get_tensor_model_parallel_group()
@@ -118,6 +119,7 @@ class Trainer:
                 multiple=math.lcm(ROWS, t.context_parallel * (t.tensor_parallel if t.sequence_parallel else 1)),
                 data_parallel=num_replicas,
                 micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline else 1,
+                attention_cost=self.model_config.attention_cost,
             )
             for sequences in minibatches
         ]
@@ -176,6 +178,7 @@ class Trainer:
         """Returns the gradient's norm before clipping."""
         self.optimizer.zero_grad()
         self._run(minibatch, surrogate, forward_only=False)
+        cpu.return_freed_memory()  # activations go before Adam's moments come
         norm = self.optimizer.gradient_norm()
         num_bad = surrogate.sums.over_ranks(self._place.device)["bad_micro_batches"]
         if num_bad or not math.isfinite(norm):
@@ -215,12 +218,16 @@ class Trainer:
 
     def _log_probs(self, b: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [loss_tokens] from the last stage's output: [tokens / CP, 1, hidden], or its SP share."""
+        num_tokens = len(b.targets)
+        missing = -num_tokens % ROWS
+        loss_rows, targets = (functional.pad(of_tokens, (0, missing)) for of_tokens in (b.loss_rows, b.targets))
         if self.config.training.sequence_parallel:  # in backward the vocabulary blocks' gradients are summed, then split
-            rows = gather_from_sequence_parallel_region(hidden)[b.loss_rows, 0]
+            rows = gather_from_sequence_parallel_region(hidden)[loss_rows, 0]
         else:  # in backward they are summed
-            rows = copy_to_tensor_model_parallel_region(hidden[b.loss_rows, 0])
+            rows = copy_to_tensor_model_parallel_region(hidden[loss_rows, 0])
         weight = self.chunks[-1].output_weight
-        return log_probs_and_entropy(rows, weight, b.targets, self._vocabulary, self.config.training.log_prob_chunk)
+        found = log_probs_and_entropy(rows, weight, targets, self._vocabulary, self.config.training.log_prob_chunk)
+        return found[0][:num_tokens], found[1][:num_tokens]
 
     def _refuse(self, minibatch: Sequence[PackedBatch], sums: Sums, norm: float) -> None:
         """Name the micro-batches at fault: those whose loss is not finite, else all that the gradient came from."""

@@ -1,0 +1,150 @@
+"""What the GPU benchmarks share: interleaved samples, the machine's ceilings, rows as rates, and peers that may fail.
+
+A peer's failure is printed and becomes a row without a peer; it never ends the run. The same code runs on a CPU at toy size,
+which is how it is tried without a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from result_file import Row
+
+T = TypeVar("T")
+CALLS = 5  # of a short kernel a sample, so that what a launch costs the host does not count
+Sides = Mapping[str, Callable[[], object]]
+
+
+@dataclass
+class Clock:
+    """Seconds left of what the run may take; cases that would come too late are left out, aloud."""
+
+    seconds: float
+    started: float
+
+    @staticmethod
+    def of(seconds: float) -> Clock:
+        return Clock(seconds, time.perf_counter())
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.perf_counter() - self.started)
+
+    def has_time_for(self, what: str, seconds: float) -> bool:
+        if self.left < seconds:
+            print(f"left out: {what} (needs {seconds:.0f} s, {max(self.left, 0):.0f} s left)", flush=True)
+            return False
+        print(f"[{self.seconds - self.left:5.1f} s] {what}", flush=True)
+        return True
+
+
+def attempt(what: str, function: Callable[[], T], failures: dict[str, str]) -> T | None:
+    """The function's value, or None with the reason printed and kept."""
+    try:
+        return function()
+    except Exception as e:  # noqa: BLE001  a peer may fail in any way; its row then says so
+        failures[what] = f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}"
+        print(f"MISSING {what}: {failures[what]}", flush=True)
+        return None
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleave(
+    sides: Sides, device: torch.device, *, budget_s: float, repeats: int = 30, least: int = 3, warmups: int = 1
+) -> dict[str, list[float]]:
+    """Seconds by side, sampled in turn. Each side has an equal share of the budget, and at least `least` samples."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(warmups):
+        for call in sides.values():
+            seconds_of(call, device)
+    share = budget_s / len(sides)
+    waiting = dict(sides)
+    while waiting:
+        for name, call in list(waiting.items()):
+            taken[name].append(seconds_of(call, device))
+            if len(taken[name]) >= repeats or (len(taken[name]) >= least and sum(taken[name]) > share):
+                del waiting[name]
+    return taken
+
+
+def percentiles(samples: list[float]) -> tuple[float, float]:
+    """p10 and p90; the ends of fewer than ten samples."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+
+
+def rate_row(
+    case: str, unit: str, amount: float, taken: Mapping[str, list[float]], *, peer: str | None, limit: str | None, digits: int = 2
+) -> Row:
+    """Amount a second of the sides `ours`, `peer` and `limit` of `taken`."""
+
+    def rate(side: str | None) -> float | None:
+        return amount / statistics.median(taken[side]) if side in taken else None
+
+    ours, theirs, most = rate("ours"), rate(peer), rate(limit)
+    assert ours is not None
+    spread = {"ours": taken["ours"], **({"peer": taken[peer]} if peer in taken else {})}
+    return Row(
+        case=case,
+        unit=unit,
+        ours=round(ours, digits),
+        peer=None if theirs is None else round(theirs, digits),
+        peer_name=peer,
+        limit=None if most is None else round(most, digits),
+        ratio_to_peer=None if theirs is None else round(ours / theirs, 3),
+        ratio_to_limit=None if most is None else round(ours / most, 3),
+        spread={
+            side: tuple(round(amount / s, digits) for s in reversed(percentiles(samples))) for side, samples in spread.items()
+        },
+    )
+
+
+def show(rows: list[Row]) -> None:
+    for row in rows:
+        limit = "" if row.ratio_to_limit is None else f", {row.ratio_to_limit} of limit {row.limit}"
+        peer = "" if row.peer_name is None else f", {row.ratio_to_peer} x {row.peer_name} ({row.peer})"
+        print(f"{row.case}: {row.ours} {row.unit}{limit}{peer}", flush=True)
+
+
+def machine_ceilings(device: torch.device, num_bytes: int, gemm_size: int, budget_s: float) -> dict[str, float]:
+    """Of this machine in this run: a bf16 matrix product, a device copy (read + written), one contiguous pinned copy each way."""
+    a, b = (torch.randn(gemm_size, gemm_size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    host = source.cpu().pin_memory() if device.type == "cuda" else source.clone()
+    calls = {
+        "gemm": lambda: torch.mm(a, b, out=product),
+        "device copy": lambda: target.copy_(source),
+        "device to host": lambda: host.copy_(source, non_blocking=True),
+        "host to device": lambda: target.copy_(host, non_blocking=True),
+    }
+    repeated = {name: (lambda call=call: [call() for _ in range(CALLS)]) for name, call in calls.items()}
+    samples = interleave(repeated, device, budget_s=budget_s)
+    taken = {name: statistics.median(each) / CALLS for name, each in samples.items()}
+    found = {
+        "bf16_gemm_tflops": 2e-12 * gemm_size**3 / taken["gemm"],
+        "device_copy_gb_per_s": 2e-9 * num_bytes / taken["device copy"],
+        "device_to_host_gb_per_s": 1e-9 * num_bytes / taken["device to host"],
+        "host_to_device_gb_per_s": 1e-9 * num_bytes / taken["host to device"],
+    }
+    print("ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
+    return {name: round(value, 2) for name, value in found.items()}

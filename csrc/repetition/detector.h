@@ -1,0 +1,41 @@
+// Finds where a token stream has begun to repeat itself: one run length a period, all periods at once. Torch-free.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace megatron_rl::repetition {
+
+// Fires where, for some p in 1..max_period and some r >= min_repeats with p * r >= min_tokens, the last p * r tokens are r
+// copies of one block of length p. The last n tokens repeat with period p exactly where each of the last n - p equals the
+// token p before it, so one run length a period decides it. Not thread-safe: one detector a trajectory.
+class Detector {
+public:
+    // The caller has checked that max_period >= 1, min_repeats >= 2, min_tokens >= 1, and that no run needed overflows int32.
+    Detector(int32_t max_period, int32_t min_repeats, int32_t min_tokens);
+
+    // Whether the tokens pushed so far, this one included, end in a repetition.
+    bool push(int32_t token);
+
+    // Pushes until it fires; the index of that token. The tokens behind it are not pushed.
+    std::optional<std::size_t> push_many(const int32_t* tokens, std::size_t num_tokens);
+
+    // Tokens that decide whether it fires: a new detector given the last `window` ones goes on like this one.
+    int64_t window() const { return window_; }
+
+private:
+    void make_room();
+
+    // Lane i stands for period max_period - i, so that the tokens to compare with lie in the order of their lanes.
+    std::size_t num_lanes_;
+    int64_t window_ = 0;
+    std::vector<int32_t> needed_;  // [lanes] run of equal tokens, a period apart, of the least repetition asked for
+    std::vector<int32_t> runs_;    // [lanes] the run up to the newest token
+    std::vector<int32_t> recent_;  // the last num_lanes_ tokens end at next_
+    std::size_t next_;
+    std::size_t num_known_ = 0;  // tokens in recent_, at most num_lanes_
+};
+
+}  // namespace megatron_rl::repetition
