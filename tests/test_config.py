@@ -163,6 +163,10 @@ def test_a_missing_file_is_named(tmp_path):
         (["data.source=reasoning_gym"], "data.task: required when data.source is reasoning_gym"),
         (["data.path=null"], "data.path: required when data.source is jsonl"),
         (["data.source=huggingface", "data.path=null"], "data.path: required when data.source is huggingface"),
+        (
+            ["rollout.kv_policy=keep", "rollout.kv_store.host_bytes=0"],
+            "rollout.kv_store.host_bytes=0: rollout.kv_policy=keep puts KV into host memory; raise it, or set",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(path, overrides, message):
@@ -222,6 +226,11 @@ def model(**changes: object) -> ModelConfig:
             r"pipeline_parallel=2 x virtual_pipeline=2: must divide the model's 6 layers",
         ),
         ([], {"max_positions": 2303}, "more than the model's context of 2303"),
+        (
+            ["rollout.kv_policy=keep", "rollout.kv_store.host_bytes=100"],
+            {},
+            "rollout.kv_store.host_bytes=100: one KV page of this model",
+        ),
     ],
 )
 def test_the_models_shape_must_fit(path, overrides, changes, message):

@@ -106,7 +106,7 @@ def check_model(c: Config, model: ModelConfig) -> None:
         raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's fused query, key and value rows")
     if model.ffn_size % tp:
         raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's feed-forward size {model.ffn_size}")
-    itemsize = {"float32": 4, "bfloat16": 2}[c.model.dtype]
+    itemsize = 4 if c.model.dtype == "float32" else 2  # the least that `auto` may mean
     page_bytes = 2 * model.num_layers * model.num_kv_heads * r.embedded.page_size * model.head_dim * itemsize
     if r.kv_policy == "keep" and r.kv_store.host_bytes < page_bytes:
         raise ConfigError(
