@@ -147,4 +147,4 @@ def machine_ceilings(device: torch.device, num_bytes: int, gemm_size: int, budge
         "host_to_device_gb_per_s": 1e-9 * num_bytes / taken["host to device"],
     }
     print("ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
-    return {name: round(value, 2) for name, value in found.items()}
+    return {name: float(f"{value:.4g}") for name, value in found.items()}

@@ -344,9 +344,8 @@ def main() -> None:
     bench = Bench.make(sizes, device, arguments.out, clock)
     bench.ceilings = machine_ceilings(device, 1 << (20 if arguments.small else 30), sizes.gemm, budget_s=4)
     run(bench)
-    print(
-        f"{len(bench.rows)} rows, {len(bench.failures)} missing, {arguments.seconds - clock.left:.0f} s; {arguments.out}/kv_snapshot.json"
-    )
+    taken = arguments.seconds - clock.left
+    print(f"{len(bench.rows)} rows, {len(bench.failures)} missing, {taken:.0f} s; {arguments.out}/kv_snapshot.json")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""The GPU benchmarks' own machinery, at toy size on the CPU: rows, missing peers, the picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KEYS = {"name", "device", "versions", "date", "commit", "command", "ceilings", "rows"}
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_snapshots_are_measured_checked_and_written_with_missing_peers_named(tmp_path: Path) -> None:
+    told = run("kv_snapshot.py", "--small", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "kv_snapshot.json").read_text(encoding="utf-8"))
+    assert result.keys() >= KEYS and {"bf16_gemm_tflops", "host_to_device_gb_per_s"} <= result["ceilings"].keys()
+    cases = [row["case"] for row in result["rows"]]
+    for wanted in ("snapshot, 128 tokens, pages of 1", "restore, 256 tokens, pages of 16"):
+        assert wanted in cases
+    assert any(case.startswith("device scatter") for case in cases)
+    for row in result["rows"]:
+        assert row["ours"] > 0 and row["limit"] > 0
+        if row["peer"] is None and row["peer_name"] is not None:
+            assert "failed, " in row["peer_name"] and row["ratio_to_peer"] is None
+    assert "AssertionError" not in told
+
+
+def test_the_crossover_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
+    curves = {"tokens": [512.0, 2048.0], "restore_s": [0.03, 0.04], "prefill_s": [0.02, 0.4], "copy_s": [0.03, 0.039]}
+    (tmp_path / "r.json").write_text(json.dumps({"device": "a GPU <1>", "curves": curves}), encoding="utf-8")
+    run("crossover_picture.py", "--result", str(tmp_path / "r.json"), "--picture", str(tmp_path / "p.svg"))
+    picture = (tmp_path / "p.svg").read_text(encoding="utf-8")
+    assert "from 2k tokens" in picture and "a GPU &lt;1&gt;" in picture and picture.count("<polyline") == 3
