@@ -160,6 +160,8 @@ def test_a_missing_file_is_named(tmp_path):
         ),
         (["training.sequence_parallel=true"], "training.sequence_parallel=true: needs training.tensor_parallel"),
         (["training.minibatches=5"], "training.minibatches=5: more than rollout.groups_per_iteration=4"),
+        (["rewards.budget.by_tag={a: 5}"], "rewards.budget.by_tag=.*needs rewards.budget.tag"),
+        (["rewards.terms=[{name: exact, range: [1, 0]}]"], r"rewards.terms.0.range=\[1.0, 0.0\]: the first must be below"),
         (["data.source=reasoning_gym"], "data.task: required when data.source is reasoning_gym"),
         (["data.path=null"], "data.path: required when data.source is jsonl"),
         (["data.source=huggingface", "data.path=null"], "data.path: required when data.source is huggingface"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_rl.config.sections import Config, DataConfig
+from megatron_rl.config.sections import Config, DataConfig, RewardsConfig
 from megatron_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def check(c: Config) -> None:
             f"training.minibatches={t.minibatches}: more than rollout.groups_per_iteration={r.groups_per_iteration}; lower it"
         )
     _check_data(c.data)
+    _check_rewards(c.rewards)
 
 
 def _check_data(d: DataConfig) -> None:
@@ -63,6 +64,14 @@ def _check_data(d: DataConfig) -> None:
         raise ConfigError("data.task: required when data.source is reasoning_gym, e.g. basic_arithmetic")
     if d.source != "reasoning_gym" and d.path is None:
         raise ConfigError(f"data.path: required when data.source is {d.source}")
+
+
+def _check_rewards(r: RewardsConfig) -> None:
+    if r.budget.by_tag and not r.budget.tag:
+        raise ConfigError(f"rewards.budget.by_tag={r.budget.by_tag}: needs rewards.budget.tag, the tag whose values these are")
+    for i, term in enumerate(r.terms):
+        if term.range and not term.range[0] < term.range[1]:
+            raise ConfigError(f"rewards.terms.{i}.range={list(term.range)}: the first must be below the second")
 
 
 def check_world(c: Config, world_size: int) -> None:

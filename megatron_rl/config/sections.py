@@ -116,7 +116,36 @@ class RolloutConfig(Section):
 class RewardTerm(Section):
     name: str = setting(doc="exact, regex, math, reasoning_gym, or a dotted path `package.module:function`")
     weight: float = setting(1.0, "factor of this term in the reward", ours=True)
+    range: tuple[float, float] | None = setting(None, "values the term may give; another one stops the run", ours=True)
     options: dict[str, Any] = setting(default_factory=dict, doc="keyword options of the term, e.g. regex: {pattern: ...}")
+
+
+class LengthRewardConfig(Section):
+    schedule: Literal["none", "constant", "linear"] = setting(
+        "none", "length reward: none; constant from start_iteration on (paper 2.3.3); linear: a ramp from there", ours=True
+    )
+    weight: float = setting(1.0, "factor of the length reward, which lies in [-0.5, 0.5] (paper 2.3.3)", ge=0, ours=True)
+    start_iteration: int = setting(0, "first iteration with a length reward", ge=0, ours=True)
+    ramp_iterations: Positive = setting(10, "linear: iterations until the whole weight is reached", ours=True)
+
+
+class TokenBudgetConfig(Section):
+    tokens: Positive | None = setting(None, "a longer response is scored as cut there (K2 3.2) [tokens]", ours=True)
+    tag: str | None = setting(None, "the prompts' tag that by_tag reads, e.g. kind", ours=True)
+    by_tag: dict[str, Positive] = setting(
+        default_factory=dict, doc="budgets by that tag's value; other prompts have `tokens` [tokens]", ours=True
+    )
+    penalty: float = setting(0.0, "subtracted from the reward of a longer response", ge=0, ours=True)
+
+
+class ToggleConfig(Section):
+    period: Positive | None = setting(
+        None, "iterations without, then as many with a budget for each prompt, in turn (K2.5 4, Toggle); none: off", ours=True
+    )
+    quantile: float = setting(
+        0.5, "a prompt's budget: this quantile of its first right responses' lengths", gt=0, le=1, ours=True
+    )
+    accuracy: Fraction = setting(0.5, "a group with a lower mean correctness has no budget", ours=True)
 
 
 class RewardsConfig(Section):
@@ -127,6 +156,9 @@ class RewardsConfig(Section):
     workers: Positive = setting(1, "worker processes that score", ours=True)
     memory_bytes: int = setting(4 << 30, "address space of one worker process [bytes]", ge=256 << 20, ours=True)
     max_failures: Positive = setting(16, "responses in a row whose scoring failed that stop the run", ours=True)
+    length: LengthRewardConfig = setting(LengthRewardConfig(), "length reward of a group")
+    budget: TokenBudgetConfig = setting(TokenBudgetConfig(), "token-budget control")
+    toggle: ToggleConfig = setting(ToggleConfig(), "phases with and without a length budget")
 
 
 class AlgorithmConfig(Section):
