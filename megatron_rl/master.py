@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rl.algorithms import advantages
+from megatron_rl.algorithms import make_algorithm
 from megatron_rl.config import Config
 from megatron_rl.data.samplers import make_sampler
 from megatron_rl.data.sources import load_prompts
@@ -46,6 +46,7 @@ class Master:
         self.prompts = load_prompts(config.data, self.tokenizer)
         self.scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
         self.shaping = Shaping(config.rewards)
+        self.algorithm = make_algorithm(config.algorithm)
         self.sampler = make_sampler(config.sampler, self.prompts.train, config.run.seed)
         self.buffer = ReplayBuffer(config.buffer_path, run_id=run_id)
         self.metrics = MetricsLog(config.run.folder, config.report.tensorboard)
@@ -98,13 +99,20 @@ class Master:
         rewards = torch.tensor([r for g in groups for r in self.shaping.rewards(g, iteration)], dtype=torch.float32)
         self._shaped_reward = float(rewards.mean())
         group_ids = torch.tensor([g.id for g in groups for _ in g.trajectories])
-        values = advantages(rewards, group_ids, baseline=algorithm.baseline, tau=algorithm.tau).tolist()
+        values = self.algorithm.advantages(rewards, group_ids).tolist()
         minibatches, start = [], 0
         for part in np.array_split(np.arange(len(groups)), min(training.minibatches, len(groups))):
             members = [groups[i] for i in part]
             count = sum(len(g.trajectories) for g in members)
             part_values, start = values[start : start + count], start + count
-            sequences = training_sequences(members, part_values, loss_segments=algorithm.loss_segments, weight_version=version)
+            sequences = training_sequences(
+                members,
+                part_values,
+                loss_segments=algorithm.loss_segments,
+                weight_version=version,
+                normalization=self.algorithm.normalization,
+                max_tokens=self.config.rollout.max_response_tokens,
+            )
             if empty := share_without_loss(sequences):
                 log.warning(
                     "algorithm.loss_segments=%s leaves %.0f %% of the trajectories without loss",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from megatron_rl.algorithms import MirrorDescent, Objective
+from megatron_rl.algorithms import Objective, make_algorithm
 from megatron_rl.config import Config, check_model, check_world
 from megatron_rl.errors import EngineError
 from megatron_rl.master import Master
@@ -32,7 +32,7 @@ class Run:
 
     def __init__(self, config: Config, trainer: Trainer, serving: Serving, orders: Orders, master: Master | None) -> None:
         self.config, self.trainer, self.serving, self.orders, self.master = config, trainer, serving, orders, master
-        self.objective: Objective = MirrorDescent(tau=config.algorithm.tau, level=config.algorithm.level)
+        self.objective: Objective = make_algorithm(config.algorithm).objective
         self.iteration = self.version = self.saved_iteration = 0
         self.shutdown = Shutdown(config.run.shutdown_s, master.stop if master else _nothing)
 

@@ -162,17 +162,38 @@ class RewardsConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    name: Literal["mirror_descent"] = setting("mirror_descent", "objective (paper 2.3.2)")
+    name: Literal["mirror_descent", "k2", "k25", "rest", "rloo", "ppo", "grpo", "dr_grpo", "reinforce_pp", "gspo", "cispo"] = (
+        setting(
+            "mirror_descent", "objective with its advantages and denominator (paper 2.3.2; the others: megatron_rl/algorithms)"
+        )
+    )
     tau: float = setting(
         0.1, "weight of the squared log-ratio; acts from the second optimizer step of an iteration on", gt=0, ours=True
     )
-    baseline: Literal["mean", "log_z"] = setting("mean", "mean reward, or tau log mean exp(reward / tau) (paper 2.3.2)")
+    baseline: Literal["mean", "log_z"] = setting(
+        "mean", "mirror_descent, k2: mean reward, or tau log mean exp(reward / tau) (paper 2.3.2)"
+    )
     level: Literal["sequence", "token"] = setting(
-        "sequence", "whether the log-ratio is summed over the response (paper) or per token"
+        "sequence", "mirror_descent: whether the log-ratio is summed over the response (paper) or per token"
     )
     loss_segments: Literal["all", "last", "current"] = setting(
         "all", "segments that carry loss (paper 2.6.2 leaves it open)", ours=True
     )
+    clip_low: float | None = setting(
+        None, "how far the ratio may fall below 1 (k25: the log-ratio below 0); none: as the objective's authors", gt=0, ours=True
+    )
+    clip_high: float | None = setting(
+        None, "how far the ratio may rise above 1 (k25: the log-ratio above 0); none: as the objective's authors", gt=0, ours=True
+    )
+    rest_threshold: float = setting(0.0, "rest: a response is fitted only if its reward is above this", ours=True)
+    importance_cap: float | None = setting(
+        None, "weigh each token by min(reference / behaviour probability, this): truncated importance sampling", gt=0, ours=True
+    )
+    kl_weight: float = setting(
+        0.0, "weight of the KL to the iteration's start, from its second optimizer step on", ge=0, ours=True
+    )
+    kl_estimator: Literal["k1", "k3"] = setting("k3", "k1: log-ratio of the response; k3: per token, never negative", ours=True)
+    entropy_weight: float = setting(0.0, "weight of the entropy bonus", ge=0, ours=True)
 
 
 class OptimizerConfig(Section):
