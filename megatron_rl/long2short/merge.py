@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.errors import DataError
+from megatron_rl.errors import CheckpointError, DataError
 from megatron_rl.model_config import ModelConfig
+from megatron_rl.weights import atomic
 from megatron_rl.weights.folder import write_tensors_folder
 from megatron_rl.weights.reader import TensorFiles
 from megatron_rl.weights.tables import parameters
@@ -34,7 +35,12 @@ def merge(folders: Sequence[Path], target: Path, weights: Sequence[float] | None
     files = [TensorFiles(folder) for folder in folders]
     for file in files:
         file.check(shapes[0])
-    write_tensors_folder(_averaged(files, shapes[0], shares), target, folders[0])
+    try:
+        write_tensors_folder(_averaged(files, shapes[0], shares), target, folders[0])
+    except OSError as e:
+        raise CheckpointError(f"{target}: cannot write the merged model: {e}; make room and merge again") from e
+    finally:
+        atomic.abandon(target)  # nothing is left of it once it was committed
     return shares
 
 

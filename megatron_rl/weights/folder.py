@@ -67,7 +67,7 @@ def write_model_folder(
 def write_tensors_folder(
     tensors: Iterator[tuple[str, torch.Tensor]], target: Path, source: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """`write_model_folder` in one process, without process groups. What it leaves when it raises: `atomic.abandon`."""
+    """`write_model_folder` in one process, without process groups. After an error the caller calls `atomic.abandon`."""
     first = next(tensors)
     dtype = first[1].dtype
     plan = [t for p in parameters(ModelConfig.from_folder(source)) for t in p.tensors]
