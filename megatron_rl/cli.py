@@ -131,6 +131,28 @@ def evaluate(
         record_evaluation(settings.run.folder, record.value, result)
 
 
+@app.command()
+def curate(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="folder to write; an interrupted curation goes on there")],
+    overrides: OverridesArgument = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="responses that make a pass rate (paper 2.1)")] = 10,
+    temperature: Annotated[float, typer.Option(min=0.01, help="their sampling temperature")] = 1.0,
+    tries: Annotated[int, typer.Option(min=1, help="answers without reasoning, none of which may be right (paper 2.1)")] = 8,
+    lowest: Annotated[float, typer.Option(min=0, max=1, help="least pass rate kept")] = 0.0,
+    highest: Annotated[float, typer.Option(min=0, max=1, help="largest pass rate kept")] = 0.9,
+) -> None:
+    """Keep the training prompts that RL can learn from; says of every prompt why it was kept or dropped."""
+    settings = configuration.load(config, overrides)
+    _start_logging()
+    from megatron_rl.curate import Rules
+    from megatron_rl.curate import curate as decide
+
+    rules = Rules(samples=samples, temperature=temperature, tries=tries, lowest=lowest, highest=highest)
+    typer.echo(json.dumps(decide(settings, model or settings.model.folder, out, rules)))
+
+
 @long2short.command()
 def merge(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Hugging Face model folders of one shape")],

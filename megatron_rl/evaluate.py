@@ -57,7 +57,7 @@ def evaluate(config: Config, model_folder: Path, *, split: str = "held_out", gre
     Raises DataError when the split is empty or a prompt has no answer, RewardError when a response could not be scored."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
     prompts = getattr(load_prompts(config.data, tokenizer), split)
-    check_answers(prompts, split)
+    check_answers(prompts, split, [term.name for term in config.rewards.terms])
     engine = folder_engine(config, model_folder, "evaluation")
     temperature = 0.0 if greedy else config.rollout.temperature
     sampling = Sampling(temperature=temperature, seed=config.run.seed, stop_token_ids=tokenizer.stop_token_ids)
@@ -72,15 +72,25 @@ def evaluate(config: Config, model_folder: Path, *, split: str = "held_out", gre
             await engine.close()
 
     responses = asyncio.run(respond())
-    facts = {"model": str(model_folder), "split": split, "greedy": greedy, "temperature": temperature}
-    return asdict(summary(responses, seed=config.run.seed, prefix=answer_prefix(config), **facts))
+    return asdict(
+        summary(
+            responses,
+            seed=config.run.seed,
+            prefix=answer_prefix(config),
+            model=str(model_folder),
+            split=split,
+            greedy=greedy,
+            temperature=temperature,
+        )
+    )
 
 
-def check_answers(prompts: Sequence[Prompt], split: str) -> None:
-    """Raises DataError for an empty split, or prompts that no verifier could judge."""
+def check_answers(prompts: Sequence[Prompt], split: str, terms: Sequence[str]) -> None:
+    """Raises DataError for an empty split, or prompts without the reference answers that their verifiers compare with."""
     if not prompts:
         raise DataError(f"split {split!r} is empty; set data.held_out to the number of prompts to keep out of training")
-    if all(not prompt.answer.strip() for prompt in prompts) and all(p.verifier in ("exact", "math") for p in prompts):
+    compared = all(name in ("exact", "math") for prompt in prompts for name in terms or [prompt.verifier])
+    if compared and not any(prompt.answer.strip() for prompt in prompts):
         raise DataError(
             f"split {split!r}: none of its {len(prompts)} prompts has a reference answer, so nothing can be scored; fill the "
             "field `answer`, or choose a verifier that needs none"

@@ -20,6 +20,7 @@ rollout: {groups_per_iteration: 1, token_budget: 8, max_response_tokens: 16}
 COMMANDS = {  # frozen: scripts of users depend on it
     "train": ["config", "overrides"],
     "eval": ["config", "overrides", "--model", "--split", "--sampled", "--samples", "--record", "--html"],
+    "curate": ["config", "--out", "overrides", "--model", "--samples", "--temperature", "--tries", "--lowest", "--highest"],
     "long2short": [],
     "convert": ["source", "target", "--to", "--tensor-parallel", "--pipeline-parallel", "--dtype"],
     "inspect": ["run", "--trajectory", "--group"],

@@ -66,7 +66,7 @@ def write_selection(config: Config, model_folder: Path, target: Path, *, kind: s
     lines = [line for prompt, row in zip(prompts, asyncio.run(respond()), strict=True) for line in _lines(kind, prompt, row)]
     if not lines:
         raise DataError(
-            f"long2short: no response to the {len(prompts)} prompts could be used, because none is right; take easier prompts, or "
+            f"long2short: no response to the {len(prompts)} prompts could be used: none is right; take easier prompts, or "
             "raise --samples or rollout.max_response_tokens"
         )
     write_atomically(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

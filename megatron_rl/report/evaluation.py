@@ -58,7 +58,7 @@ def evaluation_page(result: Mapping[str, Any]) -> str:
     name = escape(str(result["model"]))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name} · evaluation</title><style>{style()}</style>'
-        f'</head><body><main><header><div class="kind">megatron_rl · evaluation</div><h1>{name}</h1><p class="sub">{escape(facts)}'
-        '</p></header><section class="card"><table><tr><th></th><th class="n">mean</th><th></th>'
+        f'</head><body><main><header><div class="kind">megatron_rl · evaluation</div><h1>{name}</h1><p class="sub">'
+        f'{escape(facts)}</p></header><section class="card"><table><tr><th></th><th class="n">mean</th><th></th>'
         f'<th class="n">95 % interval</th></tr>{rows}</table></section></main></body></html>\n'
     )
