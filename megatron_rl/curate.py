@@ -100,7 +100,8 @@ async def _decide_batch(
     rules: Rules,
 ) -> list[Decision]:
     """One decision a prompt. Request ids follow from a prompt's place, so an interruption changes no sample."""
-    found, left = [], []
+    found: list[Decision] = []
+    left: list[tuple[int, Prompt]] = []
     for i, prompt in part:
         if prompt.id in repeats:
             found.append(Decision(prompt.id, Verdict.REPEAT, f"the question of prompt {repeats[prompt.id]}"))
@@ -159,7 +160,8 @@ def _read_decisions(file: Path) -> dict[str, Decision]:
 
 def _write_results(config: Config, prompts: Sequence[Prompt], decisions: dict[str, Decision], out: Path) -> dict[str, int]:
     opening = 2 * len(config.data.worked_turns) + (config.data.system_message is not None)
-    kept, dropped = [], []
+    kept: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
     for prompt in prompts:
         decision = decisions[prompt.id]
         line = {

@@ -1,4 +1,4 @@
-"""Which prompts are fit for RL (paper 2.1): the rules, as pure functions. Who applies them, in which order: `megatron_rl/curate.py`.
+"""Which prompts are fit for RL (paper 2.1): the rules, as pure functions. Who applies them: `megatron_rl/curate.py`.
 
 Dropped are repeats, answers that can be guessed from their kind (multiple choice, true or false, proofs), prompts whose answer a
 model hits without reasoning, and prompts it always solves. The pass rate becomes the prompt's difficulty.
