@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_rl.config.sections import Config, DataConfig
+from megatron_rl.config.sections import AlgorithmConfig, Config, DataConfig, RewardsConfig
 from megatron_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def check(c: Config) -> None:
             "or set rollout.kv_policy=recompute"
         )
     _check_data(c.data)
+    _check_rewards(c.rewards)
+    _check_algorithm(c.algorithm)
 
 
 def _check_data(d: DataConfig) -> None:
@@ -68,6 +70,35 @@ def _check_data(d: DataConfig) -> None:
         raise ConfigError("data.task: required when data.source is reasoning_gym, e.g. basic_arithmetic")
     if d.source != "reasoning_gym" and d.path is None:
         raise ConfigError(f"data.path: required when data.source is {d.source}")
+
+
+def _check_rewards(r: RewardsConfig) -> None:
+    if r.budget.by_tag and not r.budget.tag:
+        raise ConfigError(f"rewards.budget.by_tag={r.budget.by_tag}: needs rewards.budget.tag, the tag whose values these are")
+    for i, term in enumerate(r.terms):
+        if term.range and not term.range[0] < term.range[1]:
+            raise ConfigError(f"rewards.terms.{i}.range={list(term.range)}: the first must be below the second")
+
+
+CLIPPING = ("k25", "ppo", "grpo", "dr_grpo", "reinforce_pp", "gspo", "cispo")  # algorithms with bounds
+
+
+def _check_algorithm(a: AlgorithmConfig) -> None:
+    for key, bound in (("clip_low", a.clip_low), ("clip_high", a.clip_high)):
+        if bound is not None and a.name not in CLIPPING:
+            raise ConfigError(
+                f"algorithm.{key}={bound}: {a.name} does not clip; unset it, or choose one of {', '.join(CLIPPING)}"
+            )
+    if a.clip_low is not None and a.clip_low > 1 and a.name != "k25":
+        raise ConfigError(f"algorithm.clip_low={a.clip_low}: a ratio cannot fall more than 1 below 1; set it to 1 or less")
+    if a.importance_cap is not None and a.name == "k25":
+        raise ConfigError(
+            f"algorithm.importance_cap={a.importance_cap}: k25's ratio is to the behaviour policy already; unset one of the two"
+        )
+    if a.baseline != "mean" and a.name not in ("mirror_descent", "k2"):
+        raise ConfigError(
+            f"algorithm.baseline={a.baseline}: only mirror_descent and k2 have a choice; {a.name} has its own; unset it"
+        )
 
 
 def check_world(c: Config, world_size: int) -> None:
