@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from megatron_rl.algorithms import MirrorDescent, Objective
@@ -18,7 +19,8 @@ from megatron_rl.master import Master
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.orders import Orders
 from megatron_rl.run_folder import open_folder
-from megatron_rl.serving import Serving
+from megatron_rl.serving import EmbeddedServing, Serving
+from megatron_rl.serving_sglang import SGLangServing
 from megatron_rl.shutdown import Shutdown
 from megatron_rl.training import checkpoint, parallel
 from megatron_rl.training.trainer import Trainer
@@ -108,7 +110,7 @@ def open_run(config: Config) -> Iterator[Run]:
             checkpoint.remove_leftovers(config.run.folder)
             stack.callback(master.close)
         trainer = Trainer(config, model)
-        serving = Serving(config, model, ranks, runner)
+        serving = _open_serving(config, model, ranks, runner, trainer)
         stack.callback(serving.close)
         orders = Orders(ranks.rank, ranks.world_size, host=ranks.master_host, timeout_s=config.rollout.phase_timeout_s)
         run = Run(config, trainer, serving, orders, master)
@@ -118,6 +120,15 @@ def open_run(config: Config) -> Iterator[Run]:
         if master:
             master.start(serving.engines, iteration=run.iteration, sampler_state=sampler_state)
         yield run
+
+
+def _open_serving(
+    config: Config, model: ModelConfig, ranks: parallel.Launch, runner: asyncio.Runner, trainer: Trainer
+) -> Serving:
+    if config.rollout.engine == "embedded":
+        return EmbeddedServing(config, model, ranks, runner)
+    export = partial(trainer.export_buckets, config.weights.bucket_bytes)
+    return SGLangServing(config, model, ranks, runner, export=export if ranks.world_size == 1 else None)
 
 
 def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""Which ranks generate, and how rank 0 reaches their engines.
+"""Which ranks generate with an embedded engine, and how rank 0 reaches them. SGLang's counterpart: `serving_sglang.py`.
 
 Each serving rank holds one full copy of the model in its own process. Rank 0 calls its own engine directly and the
 others over a socket (`rollout/engines/remote.py`), which a thread of the other rank serves while its main thread waits
@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,30 @@ from megatron_rl.training.parallel import Launch
 T = TypeVar("T")
 
 
-class Serving:
-    """`engines` are all of them, on rank 0 only; `local` is this rank's, if it serves. Collective to build and to load."""
+class Serving(Protocol):
+    """The engines of a run, on every rank."""
+
+    engines: list[Engine]  # all of them, on rank 0 only
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """What taking turns on the GPU cost last time: `release` and `resume` [s]. Empty where no turns are taken."""
+        ...
+
+    def release(self) -> None:
+        """Lend the engines' memory to the training phase (paper 2.6.3); `load_weights` takes it back."""
+        ...
+
+    def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
+        """Collective through `buckets`, so iterated in this thread: a rank without an engine drains them. On rank 0 it
+        returns when every engine has reached `version`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class EmbeddedServing:
+    """See `Serving`. `local` is this rank's engine, if it serves. Collective to build and to load."""
 
     def __init__(self, config: Config, model: ModelConfig, launch: Launch, runner: asyncio.Runner) -> None:
         self._runner, self._keeps_kv = runner, config.rollout.kv_policy == "keep"
@@ -51,16 +73,17 @@ class Serving:
             self._remote = [runner.run(RemoteEngine.connect(*address, silence_s=silence_s)) for address in found]
         self.engines: list[Engine] = [*([self.local] if self.local else []), *self._remote]
 
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        return {}  # its memory comes and goes within one process, in no time
+
     def release(self) -> None:
-        """Lend this rank's engine memory to the training phase (paper 2.6.3); `load_weights` takes it back. KV that the policy
-        keeps stays."""
+        """KV that the policy keeps stays."""
         if self.local:
             tags = ("weights",) if self._keeps_kv else ("weights", "kv_cache")
             self._runner.run(self.local.release_memory(tags))
 
     def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
-        """Collective through `buckets`, so iterated in this thread: a rank without an engine drains them. On rank 0 it
-        returns when every engine has reached `version`."""
         if self.local:
             self._runner.run(self.local.load_weights(buckets, version))
             self._runner.run(self.local.resume_memory(("weights", "kv_cache")))
