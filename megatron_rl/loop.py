@@ -79,6 +79,7 @@ def _train(run: Run, groups: list[Group], seconds: dict[str, float]) -> dict[str
     run.check_mismatch(stats)
     with _timed(run, seconds, "publish"):
         run.publish(run.version + 1)
+    seconds |= run.serving.phase_seconds
     if master:
         master.observe(groups)
     return stats

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from megatron_rl.algorithms import Objective, make_algorithm
@@ -18,7 +19,8 @@ from megatron_rl.master import Master
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.orders import Orders
 from megatron_rl.run_folder import open_folder
-from megatron_rl.serving import Serving
+from megatron_rl.serving import EmbeddedServing, Serving
+from megatron_rl.serving_sglang import SGLangServing
 from megatron_rl.shutdown import Shutdown
 from megatron_rl.training import checkpoint, parallel
 from megatron_rl.training.trainer import Trainer
@@ -106,7 +108,7 @@ def open_run(config: Config) -> Iterator[Run]:
             stack.callback(master.close)
             identity = master.begin_lineage(checkpoint.latest_iteration(config.run.folder))
         trainer = Trainer(config, model)
-        serving = Serving(config, model, ranks, runner, identity=identity)
+        serving = _open_serving(config, model, ranks, runner, trainer, identity)
         stack.callback(serving.close)
         orders = Orders(ranks.rank, ranks.world_size, host=ranks.master_host, timeout_s=config.rollout.phase_timeout_s)
         run = Run(config, trainer, serving, orders, master)
@@ -116,6 +118,15 @@ def open_run(config: Config) -> Iterator[Run]:
         if master:
             master.start(serving.engines, iteration=run.iteration, state=state)
         yield run
+
+
+def _open_serving(
+    config: Config, model: ModelConfig, ranks: parallel.Launch, runner: asyncio.Runner, trainer: Trainer, identity: str
+) -> Serving:
+    if config.rollout.engine == "embedded":
+        return EmbeddedServing(config, model, ranks, runner, identity=identity)
+    export = partial(trainer.export_buckets, config.weights.bucket_bytes)
+    return SGLangServing(config, model, ranks, runner, export=export if ranks.world_size == 1 else None)
 
 
 def _nothing() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_rl.config.sections import AlgorithmConfig, Config, DataConfig, RewardsConfig
+from megatron_rl.config.sections import AlgorithmConfig, Config, DataConfig, RewardsConfig, RolloutConfig
 from megatron_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def check(c: Config) -> None:
     _check_data(c.data)
     _check_rewards(c.rewards)
     _check_algorithm(c.algorithm)
+    if r.engine == "sglang":
+        _check_sglang(r)
 
 
 def _check_data(d: DataConfig) -> None:
@@ -99,6 +101,49 @@ def _check_algorithm(a: AlgorithmConfig) -> None:
         raise ConfigError(
             f"algorithm.baseline={a.baseline}: only mirror_descent and k2 have a choice; {a.name} has its own; unset it"
         )
+
+
+# Arguments that other settings decide, or that the engine's way of speaking to the server rests on.
+_OWN_ARGUMENTS = {
+    "model_path": "model.folder",
+    "dtype": "model.dtype",
+    "tp_size": "rollout.sglang.tensor_parallel",
+    "tensor_parallel_size": "rollout.sglang.tensor_parallel",
+    "host": "rollout.sglang.urls",
+    "port": "rollout.sglang.port",
+    "mem_fraction_static": "rollout.sglang.mem_fraction",
+    "enable_memory_saver": "rollout.sglang.memory_saver",
+    "attention_backend": "rollout.sglang.attention_backend",
+    "sampling_backend": "rollout.sglang.sampling_backend",
+    "enable_deterministic_inference": "rollout.sglang.deterministic",
+    "stream_interval": "rollout.sglang.stream_interval",
+    "base_gpu_id": "rollout.sglang.engines",
+}
+
+
+def _check_sglang(r: RolloutConfig) -> None:
+    s = r.sglang
+    if r.kv_policy == "keep":
+        raise ConfigError(
+            "rollout.kv_policy=keep: an SGLang server drops its KV when its memory is released; set it to recompute, "
+            "or rollout.engine to embedded"
+        )
+    for name, key in _OWN_ARGUMENTS.items():
+        if name in s.server_arguments:
+            raise ConfigError(f"rollout.sglang.server_arguments.{name}: set {key} instead")
+    if s.ready_timeout_s > r.request_timeout_s:
+        raise ConfigError(
+            f"rollout.sglang.ready_timeout_s={s.ready_timeout_s:g}: more than rollout.request_timeout_s={r.request_timeout_s:g}, "
+            "so that a restart in a rollout phase would be taken for silence; lower it or raise the other"
+        )
+    for url in s.urls:
+        if not url.startswith(("http://127.0.0.1:", "http://localhost:")):
+            raise ConfigError(
+                f"rollout.sglang.urls: {url}: weights reach a server through the memory of a shared GPU, so it must be on this "
+                "machine, as http://127.0.0.1:<port>"
+            )
+    if len(set(s.urls)) < len(s.urls):
+        raise ConfigError(f"rollout.sglang.urls={list(s.urls)}: a server occurs twice; name each once")
 
 
 def check_world(c: Config, world_size: int) -> None:

@@ -110,8 +110,31 @@ class KVStoreConfig(Section):
     )
 
 
+class SGLangConfig(Section):
+    urls: tuple[str, ...] = setting((), "servers on this machine that run already; empty starts our own", ours=True)
+    engines: Positive = setting(1, "servers started on this machine, side by side on its GPUs", ours=True)
+    tensor_parallel: Positive = setting(1, "GPUs of one started server", ours=True)
+    port: int | None = setting(None, "port of the first started server, the others follow; default free ones", ge=1, le=65535)
+    mem_fraction: float = setting(0.5, "share of the GPU's memory for weights and KV cache", gt=0, lt=1, ours=True)
+    memory_saver: bool = setting(True, "lend the server's GPU memory to the training phase (paper 2.6.3)")
+    attention_backend: str | None = setting(None, "SGLang's attention backend; default is SGLang's choice")
+    sampling_backend: str | None = setting("pytorch", "SGLang's sampling backend; `pytorch` serves seeds too", ours=True)
+    deterministic: bool = setting(False, "noise a function of seed, trajectory and position; slower", ours=True)
+    server_arguments: dict[str, Any] = setting(
+        default_factory=dict,
+        doc="further arguments of the server, e.g. {grammar_backend: none}; names as SGLang's, with underscores",
+    )
+    ready_timeout_s: Seconds = setting(600.0, "longest start of a server [s]", ours=True)
+    max_restarts: int = setting(3, "times a dead server is started again in a run", ge=0, ours=True)
+    max_concurrent: Positive = setting(1024, "requests at one server at a time; the rest waits here", ours=True)
+    stream_interval: Positive = setting(
+        32, "tokens between two pieces of an answer; less sees repetition sooner, more costs less [tokens]", ours=True
+    )
+    verify_weights: bool = setting(True, "checksum the first publish against what the server had read itself", ours=True)
+
+
 class RolloutConfig(Section):
-    engine: Literal["embedded"] = setting("embedded", "what generates", ours=True)
+    engine: Literal["embedded", "sglang"] = setting("embedded", "what generates", ours=True)
     group_size: Positive = setting(8, "k: trajectories of one prompt drawn together", ours=True)
     groups_per_iteration: Positive = setting(doc="complete groups that end a rollout phase and make a batch")
     min_groups: Positive = setting(1, "complete groups a batch needs; fewer wait for a later iteration", ours=True)
@@ -143,6 +166,7 @@ class RolloutConfig(Section):
     kv_store: KVStoreConfig = setting(KVStoreConfig(), "where keep puts KV")
     repetition: RepetitionConfig = setting(RepetitionConfig(), "repetition detector")
     embedded: EmbeddedConfig = setting(EmbeddedConfig(), "embedded engine")
+    sglang: SGLangConfig = setting(SGLangConfig(), "SGLang engine")
 
 
 class RewardTerm(Section):

@@ -56,7 +56,7 @@ class EmbeddedEngine:
         """keep: how KV is kept over a weight update, None where it is recomputed; identity: run and lineage, what kept KV is
         bound to; silence_s: longest wait without progress [s]."""
         self.name = name
-        self.weight_version = 0
+        self.weight_version = -1  # none yet: whoever waits for version 0 must not take an empty engine for it
         self._silence_s = silence_s
         self._poll_s = min(_POLL_S, silence_s)
         with torch.inference_mode():
