@@ -46,7 +46,7 @@ def iterate(run: Run, iteration: int) -> int:
     assert run.master is not None
     with run.master.phase("rollout"):
         groups = run.master.batch(iteration, run.version)
-    batch = run.trainer.distribute(run.master.sequences(groups, run.version))
+    batch = run.trainer.distribute(run.master.sequences(groups, run.iteration, run.version))
     run.trainer.step(batch, run.objective, None)
     run.publish(run.version + 1)
     return sum(t.num_tokens for group in groups for t in group.trajectories)

@@ -34,6 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # our own bugs show a plain traceback
 )
 
+long2short = typer.Typer(help="Shorter answers from a long-CoT model (paper 2.4).", no_args_is_help=True)
+app.add_typer(long2short, name="long2short")
+
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="OVERRIDES", help="settings that replace the file's: section.key=value")
@@ -54,6 +57,11 @@ class Moment(StrEnum):
 class Form(StrEnum):
     HF = "hf"
     MEGATRON = "megatron"
+
+
+class Kind(StrEnum):
+    SFT = "sft"
+    DPO = "dpo"
 
 
 class Dtype(StrEnum):
@@ -101,19 +109,79 @@ def evaluate(
     record: Annotated[
         Moment | None, typer.Option(help="also put the result into the run's evaluation.json, which its report shows")
     ] = None,
+    html: Annotated[Path | None, typer.Option(help="also write the result as a page")] = None,
 ) -> None:
-    """Score a model on the prompts that training never draws; prints one JSON object."""
+    """Score a model on the prompts that training never draws: a table on stderr, one JSON object on stdout."""
     settings = configuration.load(config, overrides)
     _start_logging()
     from megatron_rl.evaluate import evaluate as score
 
     result = score(settings, model or settings.model.folder, split=split.value, greedy=not sampled, samples=samples)
+    Console(stderr=True).print(scores_table(result))
     typer.echo(json.dumps(result, indent=2))
+    if html:
+        from megatron_rl.report.evaluation import evaluation_page
+        from megatron_rl.run_folder import write_atomically
+
+        write_atomically(html, evaluation_page(result))
     if record:
         from megatron_rl.report.evaluation import record_evaluation
 
         settings.run.folder.mkdir(parents=True, exist_ok=True)
         record_evaluation(settings.run.folder, record.value, result)
+
+
+@app.command()
+def curate(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="folder to write; an interrupted curation goes on there")],
+    overrides: OverridesArgument = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="responses that make a pass rate (paper 2.1)")] = 10,
+    temperature: Annotated[float, typer.Option(min=0.01, help="their sampling temperature")] = 1.0,
+    tries: Annotated[int, typer.Option(min=1, help="answers without reasoning, none of which may be right (paper 2.1)")] = 8,
+    lowest: Annotated[float, typer.Option(min=0, max=1, help="least pass rate kept")] = 0.0,
+    highest: Annotated[float, typer.Option(min=0, max=1, help="largest pass rate kept")] = 0.9,
+) -> None:
+    """Keep the training prompts that RL can learn from; says of every prompt why it was kept or dropped."""
+    settings = configuration.load(config, overrides)
+    _start_logging()
+    from megatron_rl.curate import Rules
+    from megatron_rl.curate import curate as decide
+
+    rules = Rules(samples=samples, temperature=temperature, tries=tries, lowest=lowest, highest=highest)
+    typer.echo(json.dumps(decide(settings, model or settings.model.folder, out, rules)))
+
+
+@long2short.command()
+def merge(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Hugging Face model folders of one shape")],
+    out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
+    weight: Annotated[list[float] | None, typer.Option(help="one a model, in order; scaled to sum to 1")] = None,
+) -> None:
+    """Average the weights of models, tensor by tensor."""
+    from megatron_rl.long2short.merge import merge as write
+
+    shares = write(models, out, weight or None)
+    typer.echo(f"{out}: " + " + ".join(f"{share:.3g} x {model}" for share, model in zip(shares, models, strict=True)))
+
+
+@long2short.command()
+def select(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    kind: Annotated[Kind, typer.Option(help="sft: the shortest right response; dpo: it, against longer ones")] = Kind.SFT,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
+    samples: Annotated[int, typer.Option(min=2, help="responses for each prompt (paper 2.4)")] = 8,
+    out: Annotated[Path, typer.Option(help="JSONL file to write")] = Path("selection.jsonl"),
+) -> None:
+    """Sample responses to the training prompts and keep what long2short trains on."""
+    settings = configuration.load(config, overrides)
+    _start_logging()
+    from megatron_rl.long2short.selection import write_selection
+
+    counts = write_selection(settings, model or settings.model.folder, out, kind=kind.value, samples=samples)
+    typer.echo(f"{out}: {counts['lines']} lines from {counts['prompts']} prompts")
 
 
 @app.command()
@@ -173,6 +241,15 @@ def doctor(
     findings = examine(config, overrides)
     show(findings, _wide_console())
     raise typer.Exit(1 if any(f.state is State.MISSING for f in findings) else 0)
+
+
+def scores_table(result: dict[str, Any]) -> Table:
+    """What one evaluation found."""
+    table = Table("", "mean", "95 % interval", box=None, pad_edge=False)
+    for score in result["scores"]:
+        table.add_row(score["name"], f"{score['mean']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}")
+    table.add_row("tokens", f"{result['mean_tokens']:.1f}", "")
+    return table
 
 
 def settings_table() -> Table:

@@ -21,6 +21,10 @@ class EngineError(MegatronRLError, RuntimeError):
     """An engine failed, or missed a deadline."""
 
 
+class EngineGoneError(EngineError):
+    """An engine's process died, fell silent or cannot be reached; another one in its place could go on."""
+
+
 class RewardError(MegatronRLError, RuntimeError):
     """A reward function cannot be loaded or keeps failing."""
 

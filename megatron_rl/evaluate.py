@@ -1,29 +1,38 @@
 """Score a model folder on a fixed set of prompts: the same command before and after a run.
 
-Correctness only (1 at a full score, else 0), with a bootstrap interval over prompts. Training never draws the held-out
-split; `data/sources.py` keeps the two apart by question text.
+Correctness only (1 at a full score, else 0): its mean, which is pass@1, unbiased pass@k and the majority vote, each with a
+bootstrap interval over prompts. Training never draws the held-out split; `data/sources.py` keeps the two apart by question
+text. Generating and scoring: `answering.py`; the numbers: `statistics.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from megatron_rl.answering import Response, answer, folder_engine
 from megatron_rl.config import Config
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
-from megatron_rl.errors import DataError, RewardError
+from megatron_rl.errors import DataError
 from megatron_rl.rewards.scorer import Scorer
-from megatron_rl.rollout.engines.base import Request, Sampling
-from megatron_rl.rollout.engines.embedded.engine import EmbeddedEngine
-from megatron_rl.training.model import compute_dtype
-from megatron_rl.types import Ending, OutcomeKind, Prompt
+from megatron_rl.rollout.engines.base import Sampling
+from megatron_rl.statistics import bootstrap_interval, final_answer, majority_is_correct, pass_at_k
+from megatron_rl.types import Prompt
 
-BOOTSTRAP_DRAWS = 10_000
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over prompts with its 95 % bootstrap interval."""
+
+    name: str  # pass@k, maj@k
+    mean: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -38,79 +47,98 @@ class Evaluation:
     low: float  # 95 % bootstrap interval over prompts
     high: float
     mean_tokens: float  # of a response
+    correct_tokens: float | None  # of a correct response; None where none is
+    scores: tuple[Score, ...]  # pass@1, 2, 4, ... and maj@samples
 
 
 def evaluate(config: Config, model_folder: Path, *, split: str = "held_out", greedy: bool = True, samples: int = 1) -> dict:
     """Answer every prompt of `split` (`held_out` or `train`) `samples` times; returns the fields of Evaluation.
 
-    Raises DataError when the split is empty, RewardError when a response could not be scored."""
+    Raises DataError when the split is empty or a prompt has no answer, RewardError when a response could not be scored."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
     prompts = getattr(load_prompts(config.data, tokenizer), split)
-    if not prompts:
-        raise DataError(f"split {split!r} is empty; set data.held_out to the number of prompts to keep out of training")
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    engine = EmbeddedEngine.from_folder(
-        model_folder, config=config.rollout.embedded, dtype=compute_dtype(config), device=device, name="evaluation"
-    )
+    check_answers(prompts, split, [term.name for term in config.rewards.terms])
+    engine = folder_engine(config, model_folder, "evaluation")
     temperature = 0.0 if greedy else config.rollout.temperature
-    correct, tokens = asyncio.run(_answer(config, engine, tokenizer, prompts, samples, temperature))
-    low, high = bootstrap_interval(correct.mean(axis=1), seed=config.run.seed)
+    sampling = Sampling(temperature=temperature, seed=config.run.seed, stop_token_ids=tokenizer.stop_token_ids)
+
+    async def respond() -> list[list[Response]]:
+        scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
+        try:
+            limit = config.rollout.max_response_tokens
+            return await answer([engine], tokenizer, scorer, prompts, samples=samples, sampling=sampling, max_tokens=limit)
+        finally:
+            await scorer.close()
+            await engine.close()
+
+    responses = asyncio.run(respond())
     return asdict(
-        Evaluation(
+        summary(
+            responses,
+            seed=config.run.seed,
+            prefix=answer_prefix(config),
             model=str(model_folder),
             split=split,
-            n=len(prompts),
-            samples=samples,
             greedy=greedy,
             temperature=temperature,
-            mean=float(correct.mean()),
-            low=low,
-            high=high,
-            mean_tokens=float(tokens.mean()),
         )
     )
 
 
-def bootstrap_interval(values: np.ndarray, *, seed: int, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` [prompts], resampling prompts with replacement."""
-    rng = np.random.default_rng(seed)
-    means = rng.choice(values, (BOOTSTRAP_DRAWS, len(values))).mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def check_answers(prompts: Sequence[Prompt], split: str, terms: Sequence[str]) -> None:
+    """Raises DataError for an empty split, or prompts without the reference answers that their verifiers compare with."""
+    if not prompts:
+        raise DataError(f"split {split!r} is empty; set data.held_out to the number of prompts to keep out of training")
+    compared = all(name in ("exact", "math") for prompt in prompts for name in terms or [prompt.verifier])
+    if compared and not any(prompt.answer.strip() for prompt in prompts):
+        raise DataError(
+            f"split {split!r}: none of its {len(prompts)} prompts has a reference answer, so nothing can be scored; fill the "
+            "field `answer`, or choose a verifier that needs none"
+        )
 
 
-async def _answer(
-    config: Config,
-    engine: EmbeddedEngine,
-    tokenizer: ChatTokenizer,
-    prompts: tuple[Prompt, ...],
-    samples: int,
+def summary(
+    responses: Sequence[Sequence[Response]],
+    *,
+    seed: int,
+    prefix: str | None,
+    model: str,
+    split: str,
+    greedy: bool,
     temperature: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(correct, response tokens), both [prompts, samples]."""
-    scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
-    sampling = Sampling(temperature=temperature, seed=config.run.seed, stop_token_ids=tokenizer.stop_token_ids)
-    limit = config.rollout.max_response_tokens
-    requests = [
-        Request(i * samples + j, prompt.token_ids, limit, sampling, engine.weight_version, prompt.id)
-        for i, prompt in enumerate(prompts)
-        for j in range(samples)
-    ]
-    made: dict[int, list[np.ndarray]] = {r.trajectory_id: [] for r in requests}
-    endings: dict[int, Ending] = {}
-    async for chunk in engine.generate(requests):
-        made[chunk.trajectory_id].append(chunk.token_ids)
-        if chunk.ending:
-            endings[chunk.trajectory_id] = chunk.ending
-    responses = {i: np.concatenate(parts) for i, parts in made.items()}
-    outcomes = await asyncio.gather(
-        *(scorer.score(prompts[i // samples], tokenizer.decode(ids), endings[i]) for i, ids in responses.items())
+) -> Evaluation:
+    """All numbers of an evaluation from the responses [prompts, samples]."""
+    samples = len(responses[0])
+    correct = np.array([[r.is_correct for r in row] for row in responses], dtype=np.float64)
+    tokens = np.array([[r.num_tokens for r in row] for row in responses])
+
+    def score(name: str, values: np.ndarray) -> Score:
+        low, high = bootstrap_interval(values, seed=seed)
+        return Score(name, float(values.mean()), low, high)
+
+    ks = [k for k in (2**i for i in range(samples.bit_length())) if k < samples] + [samples]
+    scores = [score(f"pass@{k}", np.array([pass_at_k(samples, int(row.sum()), k) for row in correct])) for k in dict.fromkeys(ks)]
+    if samples > 1:
+        votes = [
+            majority_is_correct([final_answer(r.text, prefix) for r in row], [r.is_correct for r in row]) for row in responses
+        ]
+        scores.append(score(f"maj@{samples}", np.array(votes, dtype=np.float64)))
+    return Evaluation(
+        model=model,
+        split=split,
+        n=len(responses),
+        samples=samples,
+        greedy=greedy,
+        temperature=temperature,
+        mean=scores[0].mean,
+        low=scores[0].low,
+        high=scores[0].high,
+        mean_tokens=float(tokens.mean()),
+        correct_tokens=float(tokens[correct > 0].mean()) if correct.any() else None,
+        scores=tuple(scores),
     )
-    await scorer.close()
-    await engine.close()
-    for outcome in outcomes:
-        if outcome.kind is OutcomeKind.FAILED:
-            raise RewardError(f"an evaluated response could not be scored: {outcome.detail}")
-    shape = (len(prompts), samples)
-    correct = np.array([o.correct for o in outcomes], dtype=np.float64).reshape(shape)
-    return correct, np.array([len(ids) for ids in responses.values()]).reshape(shape)
+
+
+def answer_prefix(config: Config) -> str | None:
+    """What the first term that reads a prefix looks for; a vote looks for the same."""
+    return next((str(term.options["prefix"]) for term in config.rewards.terms if "prefix" in term.options), None)

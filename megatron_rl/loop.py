@@ -67,7 +67,7 @@ def _train(run: Run, groups: list[Group], seconds: dict[str, float]) -> dict[str
     master, trainer = run.master, run.trainer
     run.serving.release()
     return_freed_memory()
-    sequences = master.sequences(groups, run.version) if master else None
+    sequences = master.sequences(groups, run.iteration, run.version) if master else None
     batch = trainer.distribute(sequences, run.version)
     reference = None
     if run.config.steps_per_iteration > 1:  # with one step the log-ratio is zero, see paper 2.3.2
@@ -79,6 +79,7 @@ def _train(run: Run, groups: list[Group], seconds: dict[str, float]) -> dict[str
     run.check_mismatch(stats)
     with _timed(run, seconds, "publish"):
         run.publish(run.version + 1)
+    seconds |= run.serving.phase_seconds
     if master:
         master.observe(groups)
     return stats

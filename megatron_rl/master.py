@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rl.algorithms import advantages
+from megatron_rl.algorithms import make_algorithm
 from megatron_rl.config import Config
 from megatron_rl.data.samplers import make_sampler
 from megatron_rl.data.sources import load_prompts
@@ -27,6 +27,7 @@ from megatron_rl.report.html import write_report
 from megatron_rl.report.metrics import MetricsLog
 from megatron_rl.report.progress import Progress
 from megatron_rl.rewards.scorer import Scorer
+from megatron_rl.rewards.shaping import Shaping
 from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.kept_kv import KeptKV
@@ -45,6 +46,8 @@ class Master:
         self.tokenizer = ChatTokenizer.from_folder(config.model.folder)
         self.prompts = load_prompts(config.data, self.tokenizer)
         self.scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
+        self.shaping = Shaping(config.rewards)
+        self.algorithm = make_algorithm(config.algorithm)
         self.sampler = make_sampler(config.sampler, self.prompts.train, config.run.seed)
         self.buffer = ReplayBuffer(config.buffer_path, run_id=run_id)
         self.metrics = MetricsLog(config.run.folder, config.report.tensorboard)
@@ -52,6 +55,7 @@ class Master:
         self.rollout: Rollout | None = None
         self.kept_kv: KeptKV | None = None
         self.stopping = False
+        self._shaped_reward = 0.0  # mean over the last batch, as the advantages saw it
         if advice := network_advice(config.buffer_path):
             log.warning("%s", advice)
 
@@ -64,16 +68,21 @@ class Master:
                 self.buffer.bump_lineage()
         return f"run {self.buffer.run_id}, lineage {self.buffer.lineage}"
 
-    def start(self, engines: Sequence[Engine], *, iteration: int, sampler_state: dict[str, Any] | None) -> None:
-        """Continue from `iteration`: the metrics are cut back to it, draws go on where the buffer ends."""
+    def start(self, engines: Sequence[Engine], *, iteration: int, state: dict[str, Any]) -> None:
+        """Continue from `iteration` with what `state` told: metrics are cut back to it, draws go on where the buffer ends."""
         config = self.config
-        self.sampler.restore(sampler_state or {}, self.buffer.num_drawn)
+        self.sampler.restore(state.get("sampler") or {}, self.buffer.num_drawn)
+        self.shaping.restore(state.get("shaping") or {})
         self.metrics.cut_back(iteration)
         self.progress.start_at(iteration)
         self.rollout = Rollout(self.buffer, engines, self.sampler, self.scorer, self.tokenizer, config, self.model)
         self.rollout.on_tokens = self._show_tokens
         if config.rollout.kv_policy == "keep":
             self.kept_kv = KeptKV(engines)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the conductor, as JSON."""
+        return {"sampler": self.sampler.state(), "shaping": self.shaping.state()}
 
     def batch(self, iteration: int, version: int) -> list[Group]:
         """The batch of an iteration: the recorded one where there is one, else what a rollout phase yields.
@@ -96,18 +105,26 @@ class Master:
             self.runner.run(self.kept_kv.put_away(self.buffer.open_groups()))
         return groups
 
-    def sequences(self, groups: list[Group], version: int) -> list[list[TrainingSequence]]:
-        """Advantages over whole groups, then one list of sequences for each optimizer step of one epoch."""
+    def sequences(self, groups: list[Group], iteration: int, version: int) -> list[list[TrainingSequence]]:
+        """Shaped rewards and advantages over whole groups, then one list of sequences for each optimizer step of one epoch."""
         algorithm, training = self.config.algorithm, self.config.training
-        rewards = torch.tensor([t.outcome.reward for g in groups for t in g.trajectories if t.outcome], dtype=torch.float32)
+        rewards = torch.tensor([r for g in groups for r in self.shaping.rewards(g, iteration)], dtype=torch.float32)
+        self._shaped_reward = float(rewards.mean())
         group_ids = torch.tensor([g.id for g in groups for _ in g.trajectories])
-        values = advantages(rewards, group_ids, baseline=algorithm.baseline, tau=algorithm.tau).tolist()
+        values = self.algorithm.advantages(rewards, group_ids).tolist()
         minibatches, start = [], 0
         for part in np.array_split(np.arange(len(groups)), min(training.minibatches, len(groups))):
             members = [groups[i] for i in part]
             count = sum(len(g.trajectories) for g in members)
             part_values, start = values[start : start + count], start + count
-            sequences = training_sequences(members, part_values, loss_segments=algorithm.loss_segments, weight_version=version)
+            sequences = training_sequences(
+                members,
+                part_values,
+                loss_segments=algorithm.loss_segments,
+                weight_version=version,
+                normalization=self.algorithm.normalization,
+                max_tokens=self.config.rollout.max_response_tokens,
+            )
             if empty := share_without_loss(sequences):
                 log.warning(
                     "algorithm.loss_segments=%s leaves %.0f %% of the trajectories without loss",
@@ -118,8 +135,9 @@ class Master:
         return minibatches
 
     def observe(self, groups: list[Group]) -> None:
-        """Success rates for the samplers; in the order of the batches, so that a replay repeats them."""
+        """For samplers and shaping; in the order of the batches, so that a replay repeats it."""
         for group in groups:
+            self.shaping.observe(group)
             self.sampler.observe(group.prompt.id, [bool(t.outcome and t.outcome.correct) for t in group.trajectories])
 
     def report_iteration(
@@ -128,12 +146,14 @@ class Master:
         """One row of metrics; see `iteration_row`."""
         row = {
             **iteration_row(iteration, version, groups),
+            **({"reward/shaped": self._shaped_reward} if groups else {}),
             "tokens/generated": self.buffer.generated_tokens(iteration),
             **{f"trajectories/{state}": count for state, count in self.buffer.counts(iteration).items()},
             **stats,
             **(self.runner.run(self.kept_kv.take_metrics()) if self.kept_kv else {}),
             "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of rank 0's process, so far
             **{f"time/{phase}_s": seconds.get(phase, 0.0) for phase in ("rollout", "reference", "train", "publish")},
+            **{f"time/{phase}_s": seconds[phase] for phase in ("release", "resume") if phase in seconds},
         }
         self.metrics.write(row)
         self.progress.iteration_done(row)

@@ -9,16 +9,18 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-from megatron_rl.algorithms import MirrorDescent, Objective
+from megatron_rl.algorithms import Objective, make_algorithm
 from megatron_rl.config import Config, check_model, check_world
 from megatron_rl.errors import EngineError
 from megatron_rl.master import Master
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.orders import Orders
 from megatron_rl.run_folder import open_folder
-from megatron_rl.serving import Serving
+from megatron_rl.serving import EmbeddedServing, Serving
+from megatron_rl.serving_sglang import SGLangServing
 from megatron_rl.shutdown import Shutdown
 from megatron_rl.training import checkpoint, parallel
 from megatron_rl.training.trainer import Trainer
@@ -32,7 +34,7 @@ class Run:
 
     def __init__(self, config: Config, trainer: Trainer, serving: Serving, orders: Orders, master: Master | None) -> None:
         self.config, self.trainer, self.serving, self.orders, self.master = config, trainer, serving, orders, master
-        self.objective: Objective = MirrorDescent(tau=config.algorithm.tau, level=config.algorithm.level)
+        self.objective: Objective = make_algorithm(config.algorithm).objective
         self.iteration = self.version = self.saved_iteration = 0
         self.shutdown = Shutdown(config.run.shutdown_s, master.stop if master else _nothing)
 
@@ -40,17 +42,17 @@ class Run:
     def is_over(self) -> bool:
         return self.iteration >= self.config.run.iterations
 
-    def resume(self) -> dict[str, Any] | None:
-        """Load the newest checkpoint, else the model folder. Returns the sampler's state, if any."""
+    def resume(self) -> dict[str, Any]:
+        """Load the newest checkpoint, else the model folder. Returns what was saved beside the weights, for the master."""
         newest = checkpoint.latest(self.config.run.folder)
         if newest is None:
             self.trainer.load_hf(self.config.model.folder)
-            return None
+            return {}
         extra = checkpoint.load(self.trainer, newest)
         self.iteration = self.saved_iteration = extra["iteration"]
         self.version = extra["version"]
         log.info("resuming from %s: iteration %d, weight version %d", newest, self.iteration, self.version)
-        return extra["sampler"]
+        return extra
 
     def publish(self, version: int) -> None:
         """Give the trainer's weights to every engine. Collective; no request runs anywhere meanwhile."""
@@ -59,11 +61,7 @@ class Run:
 
     def save(self) -> None:
         """Checkpoint at an iteration boundary: a position in the buffer's log. Collective."""
-        extra = {
-            "iteration": self.iteration,
-            "version": self.version,
-            "sampler": self.master.sampler.state() if self.master else None,
-        }
+        extra = {"iteration": self.iteration, "version": self.version, **(self.master.state() if self.master else {})}
         checkpoint.save(self.trainer, self.config.run.folder, self.iteration, extra, keep=self.config.run.keep_checkpoints)
         self.saved_iteration = self.iteration
 
@@ -110,16 +108,25 @@ def open_run(config: Config) -> Iterator[Run]:
             stack.callback(master.close)
             identity = master.begin_lineage(checkpoint.latest_iteration(config.run.folder))
         trainer = Trainer(config, model)
-        serving = Serving(config, model, ranks, runner, identity=identity)
+        serving = _open_serving(config, model, ranks, runner, trainer, identity)
         stack.callback(serving.close)
         orders = Orders(ranks.rank, ranks.world_size, host=ranks.master_host, timeout_s=config.rollout.phase_timeout_s)
         run = Run(config, trainer, serving, orders, master)
         stack.callback(run.shutdown.close)
-        sampler_state = run.resume()
+        state = run.resume()
         run.publish(run.version)
         if master:
-            master.start(serving.engines, iteration=run.iteration, sampler_state=sampler_state)
+            master.start(serving.engines, iteration=run.iteration, state=state)
         yield run
+
+
+def _open_serving(
+    config: Config, model: ModelConfig, ranks: parallel.Launch, runner: asyncio.Runner, trainer: Trainer, identity: str
+) -> Serving:
+    if config.rollout.engine == "embedded":
+        return EmbeddedServing(config, model, ranks, runner, identity=identity)
+    export = partial(trainer.export_buckets, config.weights.bucket_bytes)
+    return SGLangServing(config, model, ranks, runner, export=export if ranks.world_size == 1 else None)
 
 
 def _nothing() -> None:

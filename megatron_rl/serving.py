@@ -1,4 +1,4 @@
-"""Which ranks generate, and how rank 0 reaches their engines.
+"""Which ranks generate with an embedded engine, and how rank 0 reaches them. SGLang's counterpart: `serving_sglang.py`.
 
 Each serving rank holds one full copy of the model in its own process. Rank 0 calls its own engine directly and the
 others over a socket (`rollout/engines/remote.py`), which a thread of the other rank serves while its main thread waits
@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,34 @@ from megatron_rl.training.parallel import Launch
 T = TypeVar("T")
 
 
-class Serving:
-    """`engines` are all of them, on rank 0 only; `local` is this rank's, if it serves. Collective to build and to load."""
+class Serving(Protocol):
+    """The engines of a run, on every rank."""
+
+    engines: list[Engine]  # all of them, on rank 0 only
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """What taking turns on the GPU cost last time: `release` and `resume` [s]. Empty where no turns are taken."""
+        ...
+
+    def release(self) -> None:
+        """Lend the engines' memory to the training phase (paper 2.6.3); `load_weights` takes it back."""
+        ...
+
+    def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
+        """Collective through `buckets`, so iterated in this thread: a rank without an engine drains them. On rank 0 it
+        returns when every engine has reached `version`."""
+        ...
+
+    def leave_kv(self, *, for_next_start: bool) -> None:
+        """Before the process ends: kept KV into files, or away with it where the run is over."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class EmbeddedServing:
+    """See `Serving`. `local` is this rank's engine, if it serves. Collective to build and to load."""
 
     def __init__(self, config: Config, model: ModelConfig, launch: Launch, runner: asyncio.Runner, *, identity: str) -> None:
         """identity: run and lineage, on rank 0; what KV that outlives a process is bound to."""
@@ -54,15 +80,16 @@ class Serving:
             self._remote = [runner.run(RemoteEngine.connect(*address, silence_s=silence_s)) for address in found]
         self.engines: list[Engine] = [*([self.local] if self.local else []), *self._remote]
 
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        return {}  # its memory comes and goes within one process, in no time
+
     def release(self) -> None:
-        """Lend this rank's engine memory to the training phase (paper 2.6.3); `load_weights` takes it back. KV that the policy
-        keeps is on the host by now."""
+        """KV that the policy keeps is on the host by now."""
         if self.local:
             self._runner.run(self.local.release_memory(("weights", "kv_cache")))
 
     def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
-        """Collective through `buckets`, so iterated in this thread: a rank without an engine drains them. On rank 0 it
-        returns when every engine has reached `version`."""
         if self.local:
             self._runner.run(self.local.load_weights(buckets, version))
             self._runner.run(self.local.resume_memory(("weights", "kv_cache")))
@@ -73,7 +100,6 @@ class Serving:
             self._runner.run(engine.load_weights((), version))
 
     def leave_kv(self, *, for_next_start: bool) -> None:
-        """Before the process ends: kept KV into files, or away with it where the run is over."""
         if self.local:
             self._runner.run(self.local.spill_kv() if for_next_start else self.local.forget_kv())
 

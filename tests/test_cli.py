@@ -19,7 +19,9 @@ rollout: {groups_per_iteration: 1, token_budget: 8, max_response_tokens: 16}
 
 COMMANDS = {  # frozen: scripts of users depend on it
     "train": ["config", "overrides"],
-    "eval": ["config", "overrides", "--model", "--split", "--sampled", "--samples", "--record"],
+    "eval": ["config", "overrides", "--model", "--split", "--sampled", "--samples", "--record", "--html"],
+    "curate": ["config", "--out", "overrides", "--model", "--samples", "--temperature", "--tries", "--lowest", "--highest"],
+    "long2short": [],
     "convert": ["source", "target", "--to", "--tensor-parallel", "--pipeline-parallel", "--dtype"],
     "inspect": ["run", "--trajectory", "--group"],
     "report": ["run"],
@@ -150,6 +152,8 @@ def test_eval_prints_its_result_and_records_it_with_the_run(run, config_file, tm
             "mean": 0.5,
             "low": 0.0,
             "high": 1.0,
+            "mean_tokens": 3.0,
+            "scores": [{"name": "pass@1", "mean": 0.5, "low": 0.0, "high": 1.0}],
         }
 
     stub(monkeypatch, "megatron_rl.evaluate", evaluate=evaluate)

@@ -1,17 +1,23 @@
 // What every kernel says of a bad argument: which kernel, which argument, what was expected, what came.
+// Plain strings, no streams: where a toolchain links libstdc++ into the module, its streams and torch's do not mix.
 #pragma once
 
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace megatron_rl {
 
+template <class Value>
+std::string text_of(const Value& value) {
+    if constexpr (std::is_arithmetic_v<Value>) return std::to_string(value);
+    else return std::string(value);
+}
+
 template <class Expected, class Got>
 [[noreturn]] void refuse(const char* kernel, const std::string& argument, const Expected& expected, const Got& got) {
-    std::ostringstream text;
-    text << kernel << ": " << argument << ": expected " << expected << ", got " << got;
-    throw std::invalid_argument(text.str());  // ValueError in Python
+    const std::string text = std::string(kernel) + ": " + argument + ": expected " + text_of(expected) + ", got " + text_of(got);
+    throw std::invalid_argument(text);  // ValueError in Python
 }
 
 }  // namespace megatron_rl

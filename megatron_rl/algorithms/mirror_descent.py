@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from megatron_rl.algorithms.advantages import over_groups
 from megatron_rl.algorithms.objective import ObjectiveInputs
 
 Baseline = Literal["mean", "log_z"]
@@ -24,13 +25,11 @@ def advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *, baseline: Base
     """r_j - b over each whole group; float32 [sequences] in, float32 [sequences] out.
 
     `mean`: b is the group's mean reward, the sample itself included. `log_z`: b = tau log (1/k) sum_j exp(r_j / tau)."""
-    groups, index = torch.unique(group_ids, return_inverse=True)
-    out = torch.empty_like(rewards, dtype=torch.float32)
-    for g in range(len(groups)):
-        members = rewards[index == g].to(torch.float64)
-        b = members.mean() if baseline == "mean" else tau * (torch.logsumexp(members / tau, 0) - math.log(len(members)))
-        out[index == g] = (members - b).to(torch.float32)
-    return out
+
+    def of_group(r: torch.Tensor) -> torch.Tensor:
+        return r - (r.mean() if baseline == "mean" else tau * (torch.logsumexp(r / tau, 0) - math.log(len(r))))
+
+    return over_groups(rewards, group_ids, of_group)
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,16 @@ class MirrorDescent:
 
     def coefficients(self, inputs: ObjectiveInputs) -> torch.Tensor:
         """A_j - tau rho_j for every token of sequence j (token level: A_j - tau rho_t)."""
-        ratio = inputs.log_ratios[inputs.sequence_ids] if self.level == "sequence" else self._token_ratios(inputs)
-        return inputs.advantages[inputs.sequence_ids] - self.tau * ratio
+        return inputs.token_advantages - self.tau * self._penalized(inputs)
 
     def loss(self, inputs: ObjectiveInputs) -> torch.Tensor:
         """-A_j log pi_t + (tau/2) rho_t rho_j: sums to equation 3's objective; rho_t^2 at token level."""
-        own = self._token_ratios(inputs)
-        other = inputs.log_ratios[inputs.sequence_ids] if self.level == "sequence" else own
-        per_token = -inputs.advantages[inputs.sequence_ids] * inputs.log_probs + 0.5 * self.tau * own * other
-        return inputs.weights[inputs.sequence_ids] * per_token
+        penalty = 0.5 * self.tau * inputs.token_log_ratios * self._penalized(inputs)
+        return inputs.weights[inputs.sequence_ids] * (penalty - inputs.token_advantages * inputs.log_probs)
 
-    @staticmethod
-    def _token_ratios(inputs: ObjectiveInputs) -> torch.Tensor:
-        return inputs.log_probs - inputs.reference_log_probs
+    def _penalized(self, inputs: ObjectiveInputs) -> torch.Tensor:
+        """float32 [tokens]: the log-ratio whose square is the penalty."""
+        return inputs.log_ratios[inputs.sequence_ids] if self.level == "sequence" else inputs.token_log_ratios
 
 
 def mirror_descent(

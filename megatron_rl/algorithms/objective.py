@@ -1,4 +1,4 @@
-"""What the trainer asks of an objective, per micro-batch.
+"""What the trainer asks of an objective, per micro-batch, and what an algorithm consists of.
 
 The trainer knows no algorithm: it hands over detached log-probs and gets back, for every loss token, the coefficient on
 grad log pi. Advantages were computed over whole groups before packing; sums over sequences that are split among
@@ -7,10 +7,13 @@ context-parallel ranks are reduced by the trainer before they come here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from megatron_rl.algorithms.normalization import Normalization
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,22 @@ class ObjectiveInputs:
     log_probs: torch.Tensor  # float32 [tokens], of the policy being trained
     reference_log_probs: torch.Tensor  # float32 [tokens], at the iteration's start; equal to log_probs before the first step
     behaviour_log_probs: torch.Tensor  # float32 [tokens], the engine's
+    entropies: torch.Tensor  # float32 [tokens], of the policy being trained [nats]
     sequence_ids: torch.Tensor  # int64 [tokens], index into the sequences
     log_ratios: torch.Tensor  # float32 [sequences], sum of log_probs - reference over all loss tokens, over all ranks
+    num_tokens: torch.Tensor  # float32 [sequences], loss tokens, over all ranks
     advantages: torch.Tensor  # float32 [sequences]
-    weights: torch.Tensor  # float32 [sequences], 1 / (group members * groups of the step)
+    weights: torch.Tensor  # float32 [sequences], the loss's denominator: `normalization.py`
+
+    @property
+    def token_advantages(self) -> torch.Tensor:
+        """float32 [tokens]"""
+        return self.advantages[self.sequence_ids]
+
+    @property
+    def token_log_ratios(self) -> torch.Tensor:
+        """float32 [tokens]: to the reference policy"""
+        return self.log_probs - self.reference_log_probs
 
 
 class Objective(Protocol):
@@ -34,3 +49,12 @@ class Objective(Protocol):
     def loss(self, inputs: ObjectiveInputs) -> torch.Tensor:
         """float32 [tokens]: this rank's share of the loss, for metrics; summed over tokens and ranks it is the loss."""
         ...
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """The three choices that make one."""
+
+    advantages: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (rewards, group ids), both [sequences], whole groups
+    normalization: Normalization
+    objective: Objective

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_rl.config.sections import Config, DataConfig
+from megatron_rl.config.sections import AlgorithmConfig, Config, DataConfig, RewardsConfig, RolloutConfig
 from megatron_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ def check(c: Config) -> None:
             "or set rollout.kv_policy=recompute"
         )
     _check_data(c.data)
+    _check_rewards(c.rewards)
+    _check_algorithm(c.algorithm)
+    if r.engine == "sglang":
+        _check_sglang(r)
 
 
 def _check_data(d: DataConfig) -> None:
@@ -68,6 +72,78 @@ def _check_data(d: DataConfig) -> None:
         raise ConfigError("data.task: required when data.source is reasoning_gym, e.g. basic_arithmetic")
     if d.source != "reasoning_gym" and d.path is None:
         raise ConfigError(f"data.path: required when data.source is {d.source}")
+
+
+def _check_rewards(r: RewardsConfig) -> None:
+    if r.budget.by_tag and not r.budget.tag:
+        raise ConfigError(f"rewards.budget.by_tag={r.budget.by_tag}: needs rewards.budget.tag, the tag whose values these are")
+    for i, term in enumerate(r.terms):
+        if term.range and not term.range[0] < term.range[1]:
+            raise ConfigError(f"rewards.terms.{i}.range={list(term.range)}: the first must be below the second")
+
+
+CLIPPING = ("k25", "ppo", "grpo", "dr_grpo", "reinforce_pp", "gspo", "cispo")  # algorithms with bounds
+
+
+def _check_algorithm(a: AlgorithmConfig) -> None:
+    for key, bound in (("clip_low", a.clip_low), ("clip_high", a.clip_high)):
+        if bound is not None and a.name not in CLIPPING:
+            raise ConfigError(
+                f"algorithm.{key}={bound}: {a.name} does not clip; unset it, or choose one of {', '.join(CLIPPING)}"
+            )
+    if a.clip_low is not None and a.clip_low > 1 and a.name != "k25":
+        raise ConfigError(f"algorithm.clip_low={a.clip_low}: a ratio cannot fall more than 1 below 1; set it to 1 or less")
+    if a.importance_cap is not None and a.name == "k25":
+        raise ConfigError(
+            f"algorithm.importance_cap={a.importance_cap}: k25's ratio is to the behaviour policy already; unset one of the two"
+        )
+    if a.baseline != "mean" and a.name not in ("mirror_descent", "k2"):
+        raise ConfigError(
+            f"algorithm.baseline={a.baseline}: only mirror_descent and k2 have a choice; {a.name} has its own; unset it"
+        )
+
+
+# Arguments that other settings decide, or that the engine's way of speaking to the server rests on.
+_OWN_ARGUMENTS = {
+    "model_path": "model.folder",
+    "dtype": "model.dtype",
+    "tp_size": "rollout.sglang.tensor_parallel",
+    "tensor_parallel_size": "rollout.sglang.tensor_parallel",
+    "host": "rollout.sglang.urls",
+    "port": "rollout.sglang.port",
+    "mem_fraction_static": "rollout.sglang.mem_fraction",
+    "enable_memory_saver": "rollout.sglang.memory_saver",
+    "attention_backend": "rollout.sglang.attention_backend",
+    "sampling_backend": "rollout.sglang.sampling_backend",
+    "enable_deterministic_inference": "rollout.sglang.deterministic",
+    "stream_interval": "rollout.sglang.stream_interval",
+    "base_gpu_id": "rollout.sglang.engines",
+}
+
+
+def _check_sglang(r: RolloutConfig) -> None:
+    s = r.sglang
+    if r.kv_policy == "keep":
+        raise ConfigError(
+            "rollout.kv_policy=keep: an SGLang server drops its KV when its memory is released; set it to recompute, "
+            "or rollout.engine to embedded"
+        )
+    for name, key in _OWN_ARGUMENTS.items():
+        if name in s.server_arguments:
+            raise ConfigError(f"rollout.sglang.server_arguments.{name}: set {key} instead")
+    if s.ready_timeout_s > r.request_timeout_s:
+        raise ConfigError(
+            f"rollout.sglang.ready_timeout_s={s.ready_timeout_s:g}: more than rollout.request_timeout_s={r.request_timeout_s:g}, "
+            "so that a restart in a rollout phase would be taken for silence; lower it or raise the other"
+        )
+    for url in s.urls:
+        if not url.startswith(("http://127.0.0.1:", "http://localhost:")):
+            raise ConfigError(
+                f"rollout.sglang.urls: {url}: weights reach a server through the memory of a shared GPU, so it must be on this "
+                "machine, as http://127.0.0.1:<port>"
+            )
+    if len(set(s.urls)) < len(s.urls):
+        raise ConfigError(f"rollout.sglang.urls={list(s.urls)}: a server occurs twice; name each once")
 
 
 def check_world(c: Config, world_size: int) -> None:

@@ -110,8 +110,31 @@ class KVStoreConfig(Section):
     )
 
 
+class SGLangConfig(Section):
+    urls: tuple[str, ...] = setting((), "servers on this machine that run already; empty starts our own", ours=True)
+    engines: Positive = setting(1, "servers started on this machine, side by side on its GPUs", ours=True)
+    tensor_parallel: Positive = setting(1, "GPUs of one started server", ours=True)
+    port: int | None = setting(None, "port of the first started server, the others follow; default free ones", ge=1, le=65535)
+    mem_fraction: float = setting(0.5, "share of the GPU's memory for weights and KV cache", gt=0, lt=1, ours=True)
+    memory_saver: bool = setting(True, "lend the server's GPU memory to the training phase (paper 2.6.3)")
+    attention_backend: str | None = setting(None, "SGLang's attention backend; default is SGLang's choice")
+    sampling_backend: str | None = setting("pytorch", "SGLang's sampling backend; `pytorch` serves seeds too", ours=True)
+    deterministic: bool = setting(False, "noise a function of seed, trajectory and position; slower", ours=True)
+    server_arguments: dict[str, Any] = setting(
+        default_factory=dict,
+        doc="further arguments of the server, e.g. {grammar_backend: none}; names as SGLang's, with underscores",
+    )
+    ready_timeout_s: Seconds = setting(600.0, "longest start of a server [s]", ours=True)
+    max_restarts: int = setting(3, "times a dead server is started again in a run", ge=0, ours=True)
+    max_concurrent: Positive = setting(1024, "requests at one server at a time; the rest waits here", ours=True)
+    stream_interval: Positive = setting(
+        32, "tokens between two pieces of an answer; less sees repetition sooner, more costs less [tokens]", ours=True
+    )
+    verify_weights: bool = setting(True, "checksum the first publish against what the server had read itself", ours=True)
+
+
 class RolloutConfig(Section):
-    engine: Literal["embedded"] = setting("embedded", "what generates", ours=True)
+    engine: Literal["embedded", "sglang"] = setting("embedded", "what generates", ours=True)
     group_size: Positive = setting(8, "k: trajectories of one prompt drawn together", ours=True)
     groups_per_iteration: Positive = setting(doc="complete groups that end a rollout phase and make a batch")
     min_groups: Positive = setting(1, "complete groups a batch needs; fewer wait for a later iteration", ours=True)
@@ -143,12 +166,42 @@ class RolloutConfig(Section):
     kv_store: KVStoreConfig = setting(KVStoreConfig(), "where keep puts KV")
     repetition: RepetitionConfig = setting(RepetitionConfig(), "repetition detector")
     embedded: EmbeddedConfig = setting(EmbeddedConfig(), "embedded engine")
+    sglang: SGLangConfig = setting(SGLangConfig(), "SGLang engine")
 
 
 class RewardTerm(Section):
     name: str = setting(doc="exact, regex, math, reasoning_gym, or a dotted path `package.module:function`")
     weight: float = setting(1.0, "factor of this term in the reward", ours=True)
+    range: tuple[float, float] | None = setting(None, "values the term may give; another one stops the run", ours=True)
     options: dict[str, Any] = setting(default_factory=dict, doc="keyword options of the term, e.g. regex: {pattern: ...}")
+
+
+class LengthRewardConfig(Section):
+    schedule: Literal["none", "constant", "linear"] = setting(
+        "none", "length reward: none; constant from start_iteration on (paper 2.3.3); linear: a ramp from there", ours=True
+    )
+    weight: float = setting(1.0, "factor of the length reward, which lies in [-0.5, 0.5] (paper 2.3.3)", ge=0, ours=True)
+    start_iteration: int = setting(0, "first iteration with a length reward", ge=0, ours=True)
+    ramp_iterations: Positive = setting(10, "linear: iterations until the whole weight is reached", ours=True)
+
+
+class TokenBudgetConfig(Section):
+    tokens: Positive | None = setting(None, "a longer response is scored as cut there (K2 3.2) [tokens]", ours=True)
+    tag: str | None = setting(None, "the prompts' tag that by_tag reads, e.g. kind", ours=True)
+    by_tag: dict[str, Positive] = setting(
+        default_factory=dict, doc="budgets by that tag's value; other prompts have `tokens` [tokens]", ours=True
+    )
+    penalty: float = setting(0.0, "subtracted from the reward of a longer response", ge=0, ours=True)
+
+
+class ToggleConfig(Section):
+    period: Positive | None = setting(
+        None, "iterations without, then as many with a budget for each prompt, in turn (K2.5 4, Toggle); none: off", ours=True
+    )
+    quantile: float = setting(
+        0.5, "a prompt's budget: this quantile of its first right responses' lengths", gt=0, le=1, ours=True
+    )
+    accuracy: Fraction = setting(0.5, "a group with a lower mean correctness has no budget", ours=True)
 
 
 class RewardsConfig(Section):
@@ -159,20 +212,44 @@ class RewardsConfig(Section):
     workers: Positive = setting(1, "worker processes that score", ours=True)
     memory_bytes: int = setting(4 << 30, "address space of one worker process [bytes]", ge=256 << 20, ours=True)
     max_failures: Positive = setting(16, "responses in a row whose scoring failed that stop the run", ours=True)
+    length: LengthRewardConfig = setting(LengthRewardConfig(), "length reward of a group")
+    budget: TokenBudgetConfig = setting(TokenBudgetConfig(), "token-budget control")
+    toggle: ToggleConfig = setting(ToggleConfig(), "phases with and without a length budget")
 
 
 class AlgorithmConfig(Section):
-    name: Literal["mirror_descent"] = setting("mirror_descent", "objective (paper 2.3.2)")
+    name: Literal["mirror_descent", "k2", "k25", "rest", "rloo", "ppo", "grpo", "dr_grpo", "reinforce_pp", "gspo", "cispo"] = (
+        setting(
+            "mirror_descent", "objective with its advantages and denominator (paper 2.3.2; the others: megatron_rl/algorithms)"
+        )
+    )
     tau: float = setting(
         0.1, "weight of the squared log-ratio; acts from the second optimizer step of an iteration on", gt=0, ours=True
     )
-    baseline: Literal["mean", "log_z"] = setting("mean", "mean reward, or tau log mean exp(reward / tau) (paper 2.3.2)")
+    baseline: Literal["mean", "log_z"] = setting(
+        "mean", "mirror_descent, k2: mean reward, or tau log mean exp(reward / tau) (paper 2.3.2)"
+    )
     level: Literal["sequence", "token"] = setting(
-        "sequence", "whether the log-ratio is summed over the response (paper) or per token"
+        "sequence", "mirror_descent: whether the log-ratio is summed over the response (paper) or per token"
     )
     loss_segments: Literal["all", "last", "current"] = setting(
         "all", "segments that carry loss (paper 2.6.2 leaves it open)", ours=True
     )
+    clip_low: float | None = setting(
+        None, "how far the ratio may fall below 1 (k25: the log-ratio below 0); none: as the objective's authors", gt=0, ours=True
+    )
+    clip_high: float | None = setting(
+        None, "how far the ratio may rise above 1 (k25: the log-ratio above 0); none: as the objective's authors", gt=0, ours=True
+    )
+    rest_threshold: float = setting(0.0, "rest: a response is fitted only if its reward is above this", ours=True)
+    importance_cap: float | None = setting(
+        None, "weigh each token by min(reference / behaviour probability, this): truncated importance sampling", gt=0, ours=True
+    )
+    kl_weight: float = setting(
+        0.0, "weight of the KL to the iteration's start, from its second optimizer step on", ge=0, ours=True
+    )
+    kl_estimator: Literal["k1", "k3"] = setting("k3", "k1: log-ratio of the response; k3: per token, never negative", ours=True)
+    entropy_weight: float = setting(0.0, "weight of the entropy bonus", ge=0, ours=True)
 
 
 class OptimizerConfig(Section):

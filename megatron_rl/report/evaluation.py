@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import DataError
+from megatron_rl.report.charts import interval
+from megatron_rl.report.style import style
 from megatron_rl.run_folder import write_atomically
 
 FILE_NAME = "evaluation.json"
@@ -41,3 +44,21 @@ def record_evaluation(folder: str | Path, moment: str, result: Mapping[str, Any]
         sampled = {f"sampled_{key}": result[key] for key in ("mean", "low", "high", "samples")}
         entry = {"model": result["model"], "n": result["n"], **results.get(moment, {}), **sampled}
     write_atomically(Path(folder) / FILE_NAME, json.dumps({**results, moment: entry}, indent=2) + "\n")
+
+
+def evaluation_page(result: Mapping[str, Any]) -> str:
+    """One evaluation as a page of its own, with nothing to fetch."""
+    rows = "".join(
+        f'<tr><td>{escape(s["name"])}</td><td class="n">{s["mean"]:.3f}</td><td>{interval(s["mean"], s["low"], s["high"])}</td>'
+        f'<td class="n">{s["low"]:.3f} to {s["high"]:.3f}</td></tr>'
+        for s in result["scores"]
+    )
+    how = "greedy" if result["greedy"] else f"temperature {result['temperature']:g}"
+    facts = f"{result['n']} prompts, {result['samples']} responses each, {how}, {result['mean_tokens']:.1f} tokens a response"
+    name = escape(str(result["model"]))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name} · evaluation</title><style>{style()}</style>'
+        f'</head><body><main><header><div class="kind">megatron_rl · evaluation</div><h1>{name}</h1><p class="sub">'
+        f'{escape(facts)}</p></header><section class="card"><table><tr><th></th><th class="n">mean</th><th></th>'
+        f'<th class="n">95 % interval</th></tr>{rows}</table></section></main></body></html>\n'
+    )

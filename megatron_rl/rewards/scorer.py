@@ -35,6 +35,7 @@ class Scorer:
         self._config, self._repetition_penalty = config, repetition_penalty
         self._labels = _labels([term.name for term in config.terms])
         self._weights = dict(zip(self._labels, (term.weight for term in config.terms), strict=True))
+        self._ranges = dict(zip(self._labels, (term.range for term in config.terms), strict=True))
         specs = {label: TermSpec(term.name, term.options) for label, term in zip(self._labels, config.terms, strict=True)}
         setup = Setup(specs, config.memory_bytes)
         self._workers = [Worker(setup) for _ in range(config.workers)]
@@ -95,6 +96,7 @@ class Scorer:
             if reply.kind is OutcomeKind.FAILED:
                 detail = f"term {label}, prompt {prompt.id}: {reply.detail}"
                 return Outcome(OutcomeKind.FAILED, 0.0, False, detail=detail)
+            self._check_range(label, reply, prompt)
             replies[label] = reply
         values = {label: reply.value for label, reply in replies.items()}
         reward = sum(weight * values[label] for label, weight in weights.items())
@@ -108,6 +110,15 @@ class Scorer:
             correct=bool(full_scores) and all(full_scores),
             terms=values,
         )
+
+    def _check_range(self, label: str, reply: Reply, prompt: Prompt) -> None:
+        """A value outside the declared range is the function's fault, whatever the response: training on it must not begin."""
+        bounds = self._ranges.get(label)
+        if bounds and reply.kind is OutcomeKind.VALUE and not bounds[0] <= reply.value <= bounds[1]:
+            raise RewardError(
+                f"rewards: term {label} gave {reply.value:g} for prompt {prompt.id}, outside its range {list(bounds)}; correct "
+                "the function, or the range in rewards.terms"
+            )
 
     def _call(self, worker: Worker, label: str, prompt: Prompt, response: str) -> Reply:
         call = Call(label, prompt, response, self._config.timeout_s)

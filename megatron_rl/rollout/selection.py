@@ -9,29 +9,41 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_rl.algorithms import Normalization, sequence_weights
 from megatron_rl.types import Group, TrainingSequence, Trajectory
 
 
 def training_sequences(
-    groups: Sequence[Group], advantages: Sequence[float], *, loss_segments: str, weight_version: int
+    groups: Sequence[Group],
+    advantages: Sequence[float],
+    *,
+    loss_segments: str,
+    weight_version: int,
+    normalization: Normalization = Normalization.SEQUENCE,
+    max_tokens: int = 1,
 ) -> list[TrainingSequence]:
     """`groups` of one optimizer step, with one advantage a living member, in order.
 
-    Each group counts the same, and each member of it: weight = 1 / (members * groups) (paper 2.3.2, eq. 3)."""
+    By default each group counts the same, and each member of it: weight = 1 / (members * groups) (paper 2.3.2, eq. 3).
+    `max_tokens`: the longest response allowed, for `constant` only."""
     members = [(group, trajectory) for group in groups for trajectory in group.trajectories]
+    masks = [loss_mask(trajectory, loss_segments, weight_version) for _, trajectory in members]
+    counts = iter([int(mask.sum()) for mask in masks])
+    num_tokens = [[next(counts) for _ in group.trajectories] for group in groups]
+    weights = sequence_weights(num_tokens, normalization, max_tokens=max_tokens)
     return [
         TrainingSequence(
             group_id=group.id,
             trajectory_id=trajectory.id,
             prompt_ids=group.prompt.token_ids,
             response_ids=trajectory.token_ids,
-            loss_mask=loss_mask(trajectory, loss_segments, weight_version),
+            loss_mask=mask,
             behaviour_log_probs=trajectory.log_probs,
             weight_versions=trajectory.weight_versions,
             advantage=float(advantage),
-            weight=1.0 / (len(group.trajectories) * len(groups)),
+            weight=weight,
         )
-        for (group, trajectory), advantage in zip(members, advantages, strict=True)
+        for (group, trajectory), mask, advantage, weight in zip(members, masks, advantages, weights, strict=True)
     ]
 
 

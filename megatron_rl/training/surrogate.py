@@ -49,23 +49,26 @@ class Surrogate:
 
     def __call__(self, b: MicroBatch, log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         """log_probs (differentiable) and entropy: float32 [loss_tokens]."""
-        inputs = self._inputs(b, log_probs.detach())
+        inputs = self._inputs(b, log_probs.detach(), entropy)
         if self.counts:
             self._count(b, inputs, entropy)
         coefficients = self.objective.coefficients(inputs)
         return -(inputs.weights[b.sequence_ids] * coefficients * log_probs).sum()
 
-    def _inputs(self, b: MicroBatch, now: torch.Tensor) -> ObjectiveInputs:
+    def _inputs(self, b: MicroBatch, now: torch.Tensor, entropy: torch.Tensor) -> ObjectiveInputs:
         before = now if self.reference is None else self.reference[b.index]
-        log_ratios = torch.zeros_like(b.advantages).index_add(0, b.sequence_ids, now - before)
+        per_token = torch.stack((now - before, torch.ones_like(now)), dim=1)
+        of_sequences = per_token.new_zeros(len(b.advantages), 2).index_add(0, b.sequence_ids, per_token)
         if self.context_group.size() > 1:
-            dist.all_reduce(log_ratios, group=self.context_group)
+            dist.all_reduce(of_sequences, group=self.context_group)
         return ObjectiveInputs(
             log_probs=now,
             reference_log_probs=before,
             behaviour_log_probs=b.behaviour_log_probs,
+            entropies=entropy,
             sequence_ids=b.sequence_ids,
-            log_ratios=log_ratios,
+            log_ratios=of_sequences[:, 0],
+            num_tokens=of_sequences[:, 1],
             advantages=b.advantages,
             weights=b.weights,
         )

@@ -55,7 +55,7 @@ def write_model_folder(
     failure = None
     if write:
         try:
-            _write(tensors, target, Path(source), shard_bytes)
+            write_tensors_folder(tensors, target, Path(source), shard_bytes)
         except (OSError, CheckpointError) as e:
             failure = str(e)
             atomic.abandon(target)
@@ -64,7 +64,10 @@ def write_model_folder(
     _agree(failure, target)
 
 
-def _write(tensors: Iterator[tuple[str, torch.Tensor]], target: Path, source: Path, shard_bytes: int) -> None:
+def write_tensors_folder(
+    tensors: Iterator[tuple[str, torch.Tensor]], target: Path, source: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """`write_model_folder` in one process, without process groups. After an error the caller calls `atomic.abandon`."""
     first = next(tensors)
     dtype = first[1].dtype
     plan = [t for p in parameters(ModelConfig.from_folder(source)) for t in p.tensors]

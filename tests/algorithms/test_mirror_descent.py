@@ -147,8 +147,10 @@ def test_the_trainers_objective_equals_the_reference(level, baseline):
             log_probs=values[rows],
             reference_log_probs=reference[rows],
             behaviour_log_probs=values[rows],
+            entropies=torch.zeros(len(rows), dtype=torch.float64),
             sequence_ids=torch.searchsorted(sequences, sequence_ids[rows]),
             log_ratios=ratios[sequences],
+            num_tokens=torch.bincount(sequence_ids[mask], minlength=9)[sequences],
             advantages=advantage[sequences],
             weights=weights[sequences],
         )

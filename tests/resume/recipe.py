@@ -44,7 +44,11 @@ def write_recipe(folder: Path, *, iterations: int) -> Path:
             "embedded": {"kv_bytes": 4_000_000, "max_running": 16, "batch_sizes": [16]},
         },
         # right is a response without a letter from a to m: a random model is now right, now wrong
-        "rewards": {"terms": [{"name": "regex", "options": {"pattern": "^[^a-m]*$()"}}]},
+        "rewards": {
+            "terms": [{"name": "regex", "options": {"pattern": "^[^a-m]*$()"}}],
+            "length": {"schedule": "linear", "weight": 0.2, "start_iteration": 1, "ramp_iterations": 3},
+            "toggle": {"period": 2},
+        },
         "algorithm": {"tau": 0.5},
         "training": {"epochs": 2, "max_tokens_per_micro_batch": 256, "optimizer": {"lr": 1e-3}},
         "report": {"tensorboard": False},

@@ -211,6 +211,14 @@ def test_terms_are_added_by_weight_and_only_full_scores_are_correct(terms_folder
     assert outcomes[0].correct and outcomes[0].reward == 0.75
 
 
+def test_a_value_outside_its_declared_range_stops_the_run(terms_folder):
+    inside = RewardTerm(name="user_terms:half", range=(0, 0.5))
+    assert scored(config(inside), (prompt(), "12"))[0][0].reward == 0.5
+    outside = RewardTerm(name="user_terms:half", range=(0.6, 1))
+    with pytest.raises(RewardError, match=r"user_terms:half gave 0.5 for prompt prompt-7, outside its range \[0.6, 1.0\]"):
+        scored(config(outside), (prompt(), "12"))
+
+
 def test_two_terms_of_one_name_are_told_apart():
     terms = [RewardTerm(name="regex", options={"pattern": pattern}) for pattern in (r"<(\d+)>", r"\[(\d+)\]")]
     outcomes, _ = scored(config(*terms), (prompt(), "<12> [13]"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,11 @@ def dense_loss(
 
 
 def dense_steps(
-    folder: Path, minibatches: list[list[TrainingSequence]], config: Config, tau: float
+    folder: Path,
+    minibatches: list[list[TrainingSequence]],
+    config: Config,
+    tau: float,
+    loss_of: Callable[..., torch.Tensor] = dense_loss,
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Optimizer steps of one pass with transformers and torch's AdamW: losses, gradient norms, the first step's gradients and
     the parameters at the end, both under their Hugging Face names."""
@@ -128,7 +133,7 @@ def dense_steps(
     losses, norms, gradients = [], [], {}
     for sequences, before in zip(minibatches, reference, strict=True):
         adam.zero_grad()
-        loss = dense_loss(model, sequences, before, temperature, tau)
+        loss = loss_of(model, sequences, before, temperature, tau)
         loss.backward()
         gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters()}
         losses.append(loss.item())

@@ -27,6 +27,7 @@ ODD = {
     "num_key_value_heads": 2,
     "head_dim": 12,
     "max_position_embeddings": 256,
+    "eos_token_id": None,  # requests end where they say
     "initializer_range": 0.25,  # sharp distributions, so that greedy has no near ties
 }
 LLAMA3_ROPE = {

@@ -1,4 +1,7 @@
-"""One test body for every engine: embedded in this process, and the same engine seen over a socket."""
+"""One test body for every engine: embedded in this process, the same engine seen over a socket, and SGLang's fake.
+
+`tests/gpu/test_sglang.py` runs it against SGLang itself.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,50 @@ import numpy as np
 import pytest
 import torch
 from engine_scenarios import collect, joined, kv_of, open_engine, prompt, request, run
+from sglang_scenarios import fake_server
 
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.engines import base
 from megatron_rl.rollout.engines.embedded.kv_cache import Prefill, Span
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.remote import RemoteEngine, serve
+from megatron_rl.rollout.engines.sglang import SGLangEngine
+from megatron_rl.rollout.engines.sglang_compat import CONTEXT_MARGIN
 from megatron_rl.types import Ending
 
 
 @asynccontextmanager
-async def opened(kind: str, folder, **options) -> AsyncIterator[tuple]:
-    """(engine under test, the embedded engine that holds the weights)"""
+async def opened_embedded(folder, **options) -> AsyncIterator[tuple]:
+    """(engine under test, the engine that is given its weights)"""
     embedded = open_engine(folder, **options)
-    if kind == "embedded":
-        yield embedded, embedded
-    else:
+    yield embedded, embedded
+    await embedded.close()
+
+
+@asynccontextmanager
+async def opened_remote(folder, **options) -> AsyncIterator[tuple]:
+    async with opened_embedded(folder, **options) as (embedded, _):
         server = await serve(embedded, host="127.0.0.1", port=0)
         engine = await RemoteEngine.connect("127.0.0.1", server.port, silence_s=30)
         yield engine, embedded
         await engine.close()
         await server.close()
-    await embedded.close()
 
 
-@pytest.fixture(params=["embedded", "remote"])
-def kind(request):
+@asynccontextmanager
+async def opened_sglang(folder, **options) -> AsyncIterator[tuple]:
+    async with fake_server(folder, **options) as server:
+        yield server.engine, server.engine
+
+
+@pytest.fixture(params=[opened_embedded, opened_remote, opened_sglang], ids=["embedded", "remote", "sglang"])
+def opened(request):
+    return request.param
+
+
+@pytest.fixture(params=[opened_embedded, opened_remote], ids=["embedded", "remote"])
+def opened_with_kv(request):
+    """Engines whose KV can be kept, snapshot and restored."""
     return request.param
 
 
@@ -91,9 +112,9 @@ def test_protocol_is_frozen():
     assert set(base.Engine.__annotations__) == {"name", "capabilities", "weight_version"}
 
 
-def test_requests_end_as_length_or_at_their_stop_token(kind, folder):
+def test_requests_end_as_length_or_at_their_stop_token(opened, folder):
     async def scenario():
-        async with opened(kind, folder) as (engine, _):
+        async with opened(folder) as (engine, _):
             free = (await collect(engine, [request(0, prompt(0, 9), 30, seed=4)]))[0]
             stop = int(free.token_ids[11])
             first = free.token_ids.tolist().index(stop)
@@ -108,15 +129,16 @@ def test_requests_end_as_length_or_at_their_stop_token(kind, folder):
             assert free.ending == Ending.LENGTH and len(free.token_ids) == 30
             assert stopped[0].ending == Ending.STOP
             assert stopped[0].token_ids.tolist() == free.token_ids[: first + 1].tolist(), "the stop token is included"
-            assert stopped[1].ending == Ending.LENGTH and len(stopped[1].token_ids) == 6, "256 positions, 250 of them used"
+            left = 6 - (CONTEXT_MARGIN if isinstance(engine, SGLangEngine) else 0)
+            assert stopped[1].ending == Ending.LENGTH and len(stopped[1].token_ids) == left, "256 positions, 250 of them used"
             assert stopped[2].ending == Ending.LENGTH and len(stopped[2].token_ids) == 0
 
     run(scenario())
 
 
-def test_abort_and_resume_equals_uninterrupted(kind, folder):
+def test_abort_and_resume_equals_uninterrupted(opened, folder):
     async def scenario():
-        async with opened(kind, folder) as (engine, _):
+        async with opened(folder) as (engine, _):
             requests = [request(i, prompt(i, 10 + i), 230, seed=2, temperature=1.3) for i in range(3)]
             whole = await collect(engine, requests)
             fresh = [request(i, prompt(i, 10 + i), 230, seed=2, temperature=1.3, kv_key="another") for i in range(3)]
@@ -140,9 +162,9 @@ def test_abort_and_resume_equals_uninterrupted(kind, folder):
     run(scenario())
 
 
-def test_abort_of_everything_ends_waiting_requests_too(kind, folder):
+def test_abort_of_everything_ends_waiting_requests_too(opened, folder):
     async def scenario():
-        async with opened(kind, folder, max_running=2) as (engine, _):
+        async with opened(folder, max_running=2) as (engine, _):
             endings = {}
             async for chunk in engine.generate([request(i, prompt(i, 8), 200) for i in range(6)]):
                 if not endings and chunk.ending is None:
@@ -155,9 +177,9 @@ def test_abort_of_everything_ends_waiting_requests_too(kind, folder):
     run(scenario())
 
 
-def test_keeping_kv_reuses_it_and_records_its_version(kind, folder, tmp_path):
+def test_keeping_kv_reuses_it_and_records_its_version(opened_with_kv, folder, tmp_path):
     async def scenario():
-        async with opened(kind, folder, kv_folder=tmp_path, max_age=1) as (engine, embedded):
+        async with opened_with_kv(folder, kv_folder=tmp_path, max_age=1) as (engine, embedded):
             context = prompt(0, 11)
             first = (await collect(engine, [request(0, context, 6, seed=1)]))[0]
             await publish(engine, embedded, folder, 1, factor=1.01)
@@ -174,15 +196,15 @@ def test_keeping_kv_reuses_it_and_records_its_version(kind, folder, tmp_path):
     run(scenario())
 
 
-def test_recompute_policy_drops_kv_and_equals_an_engine_that_never_had_it(kind, folder):
+def test_recompute_policy_drops_kv_and_equals_an_engine_that_never_had_it(opened, folder):
     async def scenario():
-        async with opened(kind, folder) as (engine, embedded):
+        async with opened(folder) as (engine, embedded):
             context = prompt(0, 11)
             first = (await collect(engine, [request(0, context, 6, seed=1)]))[0]
             context += first.token_ids.tolist()
             await publish(engine, embedded, folder, 1, factor=1.05)
             second = (await collect(engine, [request(0, context, 30, seed=1, weight_version=1)]))[0]
-        async with opened(kind, folder) as (engine, embedded):
+        async with opened(folder) as (engine, embedded):
             await publish(engine, embedded, folder, 1, factor=1.05)
             fresh = (await collect(engine, [request(0, context, 30, seed=1, weight_version=1)]))[0]
         assert second.cached_tokens == 0 and second.kv_versions.tolist() == [1] * 30
@@ -193,9 +215,9 @@ def test_recompute_policy_drops_kv_and_equals_an_engine_that_never_had_it(kind, 
     run(scenario())
 
 
-def test_kept_kv_survives_the_release_of_the_cache_and_continues_to_the_bit(kind, folder, tmp_path):
+def test_kept_kv_survives_the_release_of_the_cache_and_continues_to_the_bit(opened_with_kv, folder, tmp_path):
     async def scenario():
-        async with opened(kind, folder, kv_folder=tmp_path) as (engine, embedded):
+        async with opened_with_kv(folder, kv_folder=tmp_path) as (engine, embedded):
             context = prompt(0, 11)
             first = (await collect(engine, [request(0, context, 6, seed=1)]))[0]
             context += first.token_ids.tolist()
@@ -213,7 +235,7 @@ def test_kept_kv_survives_the_release_of_the_cache_and_continues_to_the_bit(kind
             assert (await engine.kv_usage()).restore_failures == 2
             second = (await collect(engine, [request(0, context, 40, seed=1)]))[0]
             assert second.cached_tokens == 16
-        async with opened(kind, folder) as (engine, _):
+        async with opened_with_kv(folder) as (engine, _):
             whole = (await collect(engine, [request(0, prompt(0, 11), 46, seed=1)]))[0]
         assert [*first.token_ids, *second.token_ids] == whole.token_ids.tolist()
         assert [*first.log_probs, *second.log_probs] == whole.log_probs.tolist(), "same shapes, same bits"
@@ -228,7 +250,7 @@ def test_a_group_goes_on_after_keep_to_the_bit_and_after_recompute_within_roundi
         return [request(i, c, num_tokens, seed=3, kv_key="g", weight_version=version) for i, c in contexts.items()]
 
     async def generate(interrupt, **options):
-        async with opened("embedded", folder, batch_sizes=(64,), **options) as (engine, _):
+        async with opened_embedded(folder, batch_sizes=(64,), **options) as (engine, _):
             contexts = {i: prompt(0, 19) for i in range(4)}
             first = await collect(engine, half(contexts, 12, 0))
             contexts = {i: [*context, *first[i].token_ids] for i, context in contexts.items()}
@@ -257,9 +279,9 @@ def test_a_group_goes_on_after_keep_to_the_bit_and_after_recompute_within_roundi
     run(scenario())
 
 
-def test_drift_is_what_new_weights_say_of_the_same_tokens_on_old_and_on_new_kv(kind, folder, tmp_path):
+def test_drift_is_what_new_weights_say_of_the_same_tokens_on_old_and_on_new_kv(opened_with_kv, folder, tmp_path):
     async def scenario():
-        async with opened(kind, folder, kv_folder=tmp_path, drift_samples=1) as (engine, embedded):
+        async with opened_with_kv(folder, kv_folder=tmp_path, drift_samples=1) as (engine, embedded):
             context = prompt(0, 18)
             await collect(engine, [request(0, context, 1, seed=1)])
             snapshots = await engine.snapshot_kv([0])
@@ -297,12 +319,11 @@ def test_drift_is_what_new_weights_say_of_the_same_tokens_on_old_and_on_new_kv(k
         (lambda: [request(0, [], 5)], "context of 0 tokens"),
         (lambda: [request(0, [1], 5, weight_version=3)], "asks for weight version 3, loaded is 0"),
         (lambda: [request(0, [1], 5), request(0, [2], 5)], "occurs twice"),
-        (lambda: [request(0, prompt(0, 60), 100)], "rollout.embedded.kv_bytes=70000: .* raise it to at least"),
     ],
 )
-def test_a_request_that_cannot_run_is_refused_and_the_engine_goes_on(kind, folder, bad, message):
+def test_a_request_that_cannot_run_is_refused_and_the_engine_goes_on(opened, folder, bad, message):
     async def scenario():
-        async with opened(kind, folder, kv_bytes=70_000) as (engine, _):
+        async with opened(folder, kv_bytes=70_000) as (engine, _):
             with pytest.raises(EngineError, match=message):
                 await collect(engine, bad())
             assert len((await collect(engine, [request(0, [1, 2], 5)]))[0].token_ids) == 5
@@ -310,9 +331,19 @@ def test_a_request_that_cannot_run_is_refused_and_the_engine_goes_on(kind, folde
     run(scenario())
 
 
-def test_a_consumer_that_leaves_takes_its_requests_with_it(kind, folder):
+def test_a_request_larger_than_the_cache_is_refused_with_the_size_it_needs(opened_with_kv, folder):
     async def scenario():
-        async with opened(kind, folder) as (engine, embedded):
+        async with opened_with_kv(folder, kv_bytes=70_000) as (engine, _):
+            with pytest.raises(EngineError, match="rollout.embedded.kv_bytes=70000: .* raise it to at least"):
+                await collect(engine, [request(0, prompt(0, 60), 100)])
+            assert len((await collect(engine, [request(0, [1, 2], 5)]))[0].token_ids) == 5
+
+    run(scenario())
+
+
+def test_a_consumer_that_leaves_takes_its_requests_with_it(opened, folder):
+    async def scenario():
+        async with opened(folder) as (engine, embedded):
             stream = engine.generate([request(0, prompt(0, 9), 200)])
             await anext(stream)
             await stream.aclose()

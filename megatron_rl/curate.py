@@ -1,0 +1,184 @@
+"""Curate a prompt set with the model that will be trained (paper 2.1): `megatron-rl curate`.
+
+The folder it writes: `decisions.jsonl`, one line a prompt as it is decided, from which an interrupted curation goes on;
+at the end `kept.jsonl` (a `data.path`, with difficulty and tags), `dropped.jsonl` (with the reason) and `report.json`. Cheap
+rules come before generation. Refuses to go on with other settings than it began with. The rules: `data/curation.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.answering import answer, folder_engine
+from megatron_rl.config import Config, dump
+from megatron_rl.data import curation
+from megatron_rl.data.curation import Verdict
+from megatron_rl.data.sources import load_prompts
+from megatron_rl.data.tokenizer import ChatTokenizer
+from megatron_rl.errors import DataError
+from megatron_rl.rewards.scorer import Scorer
+from megatron_rl.rollout.engines.base import Engine, Sampling
+from megatron_rl.run_folder import write_atomically
+from megatron_rl.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What `megatron-rl curate` takes beside the config; the paper gives samples and tries."""
+
+    samples: int = 10
+    temperature: float = 1.0  # "relatively high" (paper 2.1); the number is ours
+    tries: int = 8
+    answer_tokens: int = 32  # of a try without reasoning
+    lowest: float = 0.0  # pass rates that are kept
+    highest: float = 0.9
+    batch: int = 32  # prompts decided between two writes
+
+
+@dataclass(frozen=True)
+class Decision:
+    id: str
+    verdict: Verdict
+    reason: str
+    pass_rate: float | None = None
+
+
+def curate(config: Config, model_folder: Path, out: Path, rules: Rules) -> dict[str, int]:
+    """Decide every training prompt of `data`; returns how many got which verdict.
+
+    Raises DataError where `out` holds a curation with other settings, or nothing is left to keep."""
+    tokenizer = ChatTokenizer.from_folder(model_folder)
+    prompts = load_prompts(config.data, tokenizer).train
+    out.mkdir(parents=True, exist_ok=True)
+    _check_settings(out, {"config": dump(config), "model": str(model_folder), "rules": asdict(rules)})
+    engine = folder_engine(config, model_folder, "curation")
+    decisions = asyncio.run(decide(config, [engine], tokenizer, prompts, out / "decisions.jsonl", rules))
+    return _write_results(config, prompts, decisions, out)
+
+
+async def decide(
+    config: Config, engines: Sequence[Engine], tokenizer: ChatTokenizer, prompts: Sequence[Prompt], log_file: Path, rules: Rules
+) -> dict[str, Decision]:
+    """All decisions by prompt id; those already in the file are taken from there. Closes the engines."""
+    scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
+    decided = _read_decisions(log_file)
+    todo = [(i, prompt) for i, prompt in enumerate(prompts) if prompt.id not in decided]
+    first: dict[str, str] = {}
+    repeats = {p.id: earlier for p in prompts if (earlier := first.setdefault(curation.repeat_key(p), p.id)) != p.id}
+    try:
+        for start in range(0, len(todo), rules.batch):
+            part = todo[start : start + rules.batch]
+            found = await _decide_batch(config, engines, tokenizer, scorer, part, repeats, rules)
+            with log_file.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(decision)) + "\n" for decision in found)
+            decided |= {decision.id: decision for decision in found}
+            log.info("%d of %d prompts decided", len(decided), len(prompts))
+    finally:
+        await scorer.close()
+        for engine in engines:
+            await engine.close()
+    return decided
+
+
+async def _decide_batch(
+    config: Config,
+    engines: Sequence[Engine],
+    tokenizer: ChatTokenizer,
+    scorer: Scorer,
+    part: Sequence[tuple[int, Prompt]],
+    repeats: dict[str, str],
+    rules: Rules,
+) -> list[Decision]:
+    """One decision a prompt. Request ids follow from a prompt's place, so an interruption changes no sample."""
+    found: list[Decision] = []
+    left: list[tuple[int, Prompt]] = []
+    for i, prompt in part:
+        if prompt.id in repeats:
+            found.append(Decision(prompt.id, Verdict.REPEAT, f"the question of prompt {repeats[prompt.id]}"))
+        elif kind := curation.guessable(prompt):
+            found.append(Decision(prompt.id, kind, "the answer can be guessed, or not checked, because of its kind"))
+        else:
+            left.append((i, prompt))
+    sampling = Sampling(rules.temperature, seed=config.run.seed, stop_token_ids=tokenizer.stop_token_ids)
+    ids = rules.samples + rules.tries
+    for i, prompt in left:
+        hack = replace(prompt, token_ids=tokenizer.encode_chat(curation.without_reasoning(prompt.messages)))
+        common: dict[str, Any] = {"sampling": sampling}
+        (tries,) = await answer(
+            engines, tokenizer, scorer, [hack], samples=rules.tries, max_tokens=rules.answer_tokens, first_id=i * ids, **common
+        )
+        if hits := sum(r.is_correct for r in tries):
+            reason = f"{hits} of {rules.tries} tries without reasoning are right"
+            found.append(Decision(prompt.id, Verdict.EASY_TO_HACK, reason))
+            continue
+        limit = config.rollout.max_response_tokens
+        (full,) = await answer(
+            engines,
+            tokenizer,
+            scorer,
+            [prompt],
+            samples=rules.samples,
+            max_tokens=limit,
+            first_id=i * ids + rules.tries,
+            **common,
+        )
+        rate = sum(r.is_correct for r in full) / rules.samples
+        verdict = curation.by_pass_rate(rate, lowest=rules.lowest, highest=rules.highest)
+        found.append(Decision(prompt.id, verdict, f"pass rate {rate:g}, kept are {rules.lowest:g} to {rules.highest:g}", rate))
+    return found
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    file = out / "settings.json"
+    text = json.dumps(settings, indent=2)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise DataError(f"{out}: holds a curation that began with other settings; choose another folder, or remove it")
+    write_atomically(file, text)
+
+
+def _read_decisions(file: Path) -> dict[str, Decision]:
+    """A last line that a kill cut short is removed: that prompt is decided again."""
+    if not file.exists():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_atomically(file, whole)
+    raw = [json.loads(line) for line in whole.splitlines()]
+    return {r["id"]: Decision(r["id"], Verdict(r["verdict"]), r["reason"], r["pass_rate"]) for r in raw}
+
+
+def _write_results(config: Config, prompts: Sequence[Prompt], decisions: dict[str, Decision], out: Path) -> dict[str, int]:
+    opening = 2 * len(config.data.worked_turns) + (config.data.system_message is not None)
+    kept: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
+    for prompt in prompts:
+        decision = decisions[prompt.id]
+        line = {
+            "messages": [dataclasses.asdict(m) for m in prompt.messages[opening:]],
+            "answer": prompt.answer,
+            "verifier": prompt.verifier,
+            "tags": {**prompt.tags, "answer_kind": curation.answer_kind(prompt.answer)},
+            "difficulty": prompt.difficulty if decision.pass_rate is None else decision.pass_rate,
+            "curation": {"verdict": decision.verdict, "reason": decision.reason, "source_difficulty": prompt.difficulty},
+        }
+        (kept if decision.verdict is Verdict.KEPT else dropped).append(line)
+    counts = Counter(decisions[p.id].verdict.value for p in prompts)
+    for name, lines in (("kept", kept), ("dropped", dropped)):
+        write_atomically(out / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    kinds = Counter(line["tags"]["answer_kind"] for line in kept)
+    report = {"prompts": len(prompts), "verdicts": dict(counts), "kept_answer_kinds": dict(kinds)}
+    write_atomically(out / "report.json", json.dumps(report, indent=2) + "\n")
+    if not kept:
+        raise DataError(f"{out}: nothing is left of {len(prompts)} prompts; dropped.jsonl says why each was dropped")
+    return dict(counts)

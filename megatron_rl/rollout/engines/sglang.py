@@ -1,0 +1,296 @@
+"""SGLang behind the `Engine` protocol: token ids in and out over HTTP, one streamed request a trajectory.
+
+    generate ---- one task a request (at most `max_concurrent` at the server) ---- POST /generate, server-sent events
+             <--- one queue of chunks, or the first error -----------------------
+
+It refuses to keep KV across a weight update (`capabilities.kv_snapshot` is False) and to load weights while requests run.
+Stale KV cannot serve a request: the cache is flushed at every publish, and `extra_key` holds the weight version.
+Sampling noise is the server's; see `sglang_call.seed_of`. A model's own end-of-text token ends a request whether or not
+it is among the request's stop tokens. One request: `sglang_call.py`. The server's process: `sglang_server.py`; what happens
+when it dies: `sglang_supervisor.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+
+import torch
+
+from megatron_rl.config import SGLangConfig
+from megatron_rl.errors import DataError, EngineError
+from megatron_rl.model_config import ModelConfig
+from megatron_rl.rollout.engines.base import Capabilities, Chunk, KVSnapshot, KVUsage, Request
+from megatron_rl.rollout.engines.sglang_call import Call
+from megatron_rl.rollout.engines.sglang_check import WeightCheck
+from megatron_rl.rollout.engines.sglang_compat import check_version
+from megatron_rl.rollout.engines.sglang_http import SGLangClient
+from megatron_rl.types import Ending
+from megatron_rl.weights.transport import FlatBucket, send
+
+_ABORT_AGAIN_S = 0.5  # an abort that overtakes its request is lost: it is repeated until the request ends
+_IDLE_S = 30.0  # longest wait until a server that owes no answer calls itself idle
+_TAGS = ("kv_cache", "weights")
+
+Serialize = Callable[[FlatBucket], str]
+
+
+class SGLangEngine:
+    """See `base.Engine`. Made by `connect`. Holds no version of ours until `load_weights` or `adopt`."""
+
+    capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=True, streaming=True)
+
+    def __init__(
+        self, client: SGLangClient, model: ModelConfig, config: SGLangConfig, serialize: Callable[[], Serialize]
+    ) -> None:
+        self.name = client.name
+        self.weight_version = -1  # none
+        self._client, self._config = client, config
+        self._make_serializer = serialize
+        self._serialize: Serialize | None = None
+        self._check: WeightCheck | None = None
+        self._context_tokens = model.max_positions
+        self._num_ranks = config.tensor_parallel
+        self._numbers = itertools.count()
+        self._slots = asyncio.Semaphore(config.max_concurrent)
+        self._calls: dict[str, Call] = {}  # request id -> those not ended
+        self._insisting: set[asyncio.Task[None]] = set()
+        self._released: set[str] = set()
+
+    @classmethod
+    async def connect(
+        cls,
+        url: str,
+        model: ModelConfig,
+        config: SGLangConfig,
+        *,
+        name: str,
+        silence_s: float,
+        serialize: Callable[[], Serialize],
+    ) -> SGLangEngine:
+        """An engine over a server that is up. serialize: makes what turns a bucket into the server's payload.
+
+        Raises EngineError for another SGLang version, another model, or nobody there."""
+        client = SGLangClient(url, name=name, silence_s=silence_s)
+        engine = cls(client, model, config, serialize)
+        try:
+            await engine._introduce(model)
+        except EngineError:
+            await client.close()
+            raise
+        return engine
+
+    async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Chunk, None]:
+        self._refuse(requests)
+        calls = [Call(r, next(self._numbers), self._context_tokens, self._config.stream_interval) for r in requests]
+        self._calls |= {call.rid: call for call in calls}
+        queue: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()  # holds at most what the requests may generate
+        tasks = [asyncio.create_task(self._run(call, queue)) for call in calls]
+        for task in tasks:
+            task.add_done_callback(partial(_report, queue))
+        num_open = len(calls)
+        try:
+            while num_open:
+                event = await queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                num_open -= event.ending is not None
+                yield event
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            left = [call for call in calls if not call.ended.is_set()]
+            for call in calls:
+                self._calls.pop(call.rid, None)
+                call.ended.set()
+            with suppress(EngineError):  # the caller went away, or an error is already on its way
+                await self._post_aborts(left)
+
+    async def abort(self, trajectory_ids: Sequence[int] | None) -> None:
+        wanted = None if trajectory_ids is None else set(trajectory_ids)
+        calls = [c for c in self._calls.values() if wanted is None or c.request.trajectory_id in wanted]
+        for call in calls:
+            call.is_aborted = True
+        await self._post_aborts(calls)
+        task = asyncio.create_task(self._insist(calls))
+        self._insisting.add(task)
+        task.add_done_callback(self._insisting.discard)
+
+    async def load_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
+        await load_weights([self], buckets, version)
+
+    async def adopt(self, version: int) -> None:
+        """Call what the server holds `version`, without loading anything."""
+        await self._client.post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        self.weight_version = version
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """`kv_cache` and `weights`; weights come back empty and need `load_weights`. Only with no request running."""
+        self._check_tags(tags)
+        new = [tag for tag in tags if tag not in self._released]
+        if new:
+            await self._flush()  # a server that is not idle would not survive the release
+            await self._client.post("/release_memory_occupation", {"tags": new})
+            self._released |= set(new)
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        self._check_tags(tags)
+        gone = [tag for tag in tags if tag in self._released]  # resuming what was not released kills the server
+        if gone:
+            await self._client.post("/resume_memory_occupation", {"tags": gone})
+            self._released -= set(gone)
+
+    async def snapshot_kv(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]:
+        """None: their KV is recomputed."""
+        return []
+
+    async def restore_kv(self, snapshots: Sequence[KVSnapshot]) -> list[bool]:
+        return [False] * len(snapshots)
+
+    async def kv_usage(self) -> KVUsage:
+        return KVUsage()
+
+    async def health(self) -> None:
+        """Asks for what only a living scheduler can answer, and computes nothing: memory may be released."""
+        await self._client.get("/server_info")
+
+    async def close(self) -> None:
+        for task in self._insisting:
+            task.cancel()
+        await asyncio.gather(*self._insisting, return_exceptions=True)
+        await self._client.close()
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _refuse(self, requests: Sequence[Request]) -> None:
+        seen = {call.request.trajectory_id for call in self._calls.values()}
+        for r in requests:
+            where = f"engine {self.name}: trajectory {r.trajectory_id}"
+            if r.trajectory_id in seen:
+                raise EngineError(f"{where} occurs twice among the running requests")
+            seen.add(r.trajectory_id)
+            if not 1 <= len(r.token_ids) <= self._context_tokens:
+                raise EngineError(
+                    f"{where} has a context of {len(r.token_ids)} tokens; the model takes 1 to {self._context_tokens}"
+                )
+            if self._released:
+                raise EngineError(f"{where}: the memory of {', '.join(sorted(self._released))} is released; resume it first")
+            if r.weight_version != self.weight_version:
+                raise EngineError(f"{where} asks for weight version {r.weight_version}, loaded is {self.weight_version}")
+
+    async def _run(self, call: Call, queue: asyncio.Queue[Chunk | BaseException]) -> None:
+        if call.room <= 0:
+            return self._end(call, queue, call.empty(Ending.LENGTH))
+        async with self._slots:
+            if call.is_aborted:
+                return self._end(call, queue, call.empty(Ending.ABORT))
+            call.is_sent = True
+            async for event in self._client.stream("/generate", call.body()):
+                chunk = call.chunk(event)
+                if chunk.ending is not None:
+                    return self._end(call, queue, chunk)
+                if len(chunk.token_ids):
+                    queue.put_nowait(chunk)
+        raise EngineError(f"engine {self.name}: ended its answer for request {call.rid} without an ending; see its log")
+
+    def _end(self, call: Call, queue: asyncio.Queue[Chunk | BaseException], last: Chunk) -> None:
+        self._calls.pop(call.rid, None)
+        call.ended.set()
+        queue.put_nowait(last)
+
+    async def _post_aborts(self, calls: Sequence[Call]) -> None:
+        sent = [call for call in calls if call.is_sent and not call.ended.is_set()]
+        if len(sent) > 1 and len(sent) == sum(call.is_sent for call in self._calls.values()):
+            await self._client.post("/abort_request", {"rid": "", "abort_all": True})
+        else:
+            await asyncio.gather(*(self._client.post("/abort_request", {"rid": call.rid}) for call in sent))
+
+    async def _insist(self, calls: Sequence[Call]) -> None:
+        with suppress(EngineError):  # their own streams say what is wrong
+            while any(not call.ended.is_set() for call in calls):
+                await asyncio.sleep(_ABORT_AGAIN_S)
+                await self._post_aborts(calls)
+
+    # --- weights and memory ------------------------------------------------------------------------------------------
+
+    async def begin_load(self) -> None:
+        """No cache of older weights is left, and no version until `finish_load`."""
+        if self._calls:
+            raise EngineError(
+                f"engine {self.name}: weights cannot change while {len(self._calls)} requests run; abort them first"
+            )
+        self.weight_version = -1
+        if self._serialize is None:
+            self._serialize = self._make_serializer()
+            if self._config.verify_weights:
+                self._check = WeightCheck(self._client)
+                await self._check.begin()
+        await self._flush()
+
+    def deliver(self, bucket: FlatBucket) -> None:
+        """Returns when the server has copied the bucket. From a worker thread."""
+        assert self._serialize is not None, "begin_load comes first"
+        body = {
+            # One serialization a rank: a handle is counted per process that opens it.
+            "serialized_named_tensors": [self._serialize(bucket) for _ in range(self._num_ranks)],
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        self._client.post_blocking("/update_weights_from_tensor", body)
+
+    async def finish_load(self, version: int) -> None:
+        if self._check is not None:
+            await self._check.finish(is_model_folder=version == 0)
+            self._check = None
+        await self.adopt(version)
+
+    async def _flush(self) -> None:
+        await self._client.post(f"/flush_cache?timeout={_IDLE_S:g}", None, self._client.silence_s + _IDLE_S)
+
+    def _check_tags(self, tags: Sequence[str]) -> None:
+        unknown = sorted(set(tags) - set(_TAGS))
+        if unknown:
+            raise EngineError(f"engine {self.name}: memory tag {unknown[0]!r} is unknown; there are {' and '.join(_TAGS)}")
+
+    async def _introduce(self, model: ModelConfig) -> None:
+        where = f"engine {self.name} at {self._client.url}"
+        server, served = await self._client.get("/server_info"), await self._client.get("/model_info")
+        check_version(str(server.get("version")), where)
+        found = served.get("model_path", "")
+        with suppress(DataError):  # a folder of another machine: the first publish checks names and shapes
+            other = ModelConfig.from_folder(found)
+            if other != model:
+                raise EngineError(
+                    f"{where}: serves {found}, a model of another shape than model.folder; start it with that folder"
+                )
+        if served.get("model_type") != model.family:
+            raise EngineError(
+                f"{where}: serves {found} of type {served.get('model_type')}; model.folder is of type {model.family}"
+            )
+        self._context_tokens = min(model.max_positions, server.get("context_length") or model.max_positions)
+        self._num_ranks = server.get("tp_size") or self._num_ranks
+
+
+async def load_weights(
+    engines: Sequence[SGLangEngine], buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int
+) -> None:
+    """One pass over the buckets for all engines: each bucket goes to all of them while the next is gathered."""
+    await asyncio.gather(*(engine.begin_load() for engine in engines))
+    await send(buckets, partial(_deliver_to_all, engines))
+    await asyncio.gather(*(engine.finish_load(version) for engine in engines))
+
+
+def _deliver_to_all(engines: Sequence[SGLangEngine], bucket: FlatBucket) -> None:
+    for engine in engines:
+        engine.deliver(bucket)
+
+
+def _report(queue: asyncio.Queue[Chunk | BaseException], task: asyncio.Task[None]) -> None:
+    """A request's task that failed tells whoever waits for its chunks."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        queue.put_nowait(error)

@@ -1,0 +1,109 @@
+"""One request at an SGLang server: what is asked, and how its events become chunks.
+
+Token ids and log-probs are read from `meta_info.output_token_logprobs`, counted by `completion_tokens`; `output_ids` only
+confirms them. The reason: an event may hold all tokens so far or only the new ones (a server setting), several events may
+be merged into one, and a request aborted in the queue repeats its last token. Who sends it: `sglang.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.errors import EngineError
+from megatron_rl.rollout.engines.base import Chunk, Request
+from megatron_rl.rollout.engines.sglang_compat import CONTEXT_MARGIN, PROMPT_MARGIN, weight_version_of
+from megatron_rl.types import Ending
+
+_ENDINGS = {"stop": Ending.STOP, "length": Ending.LENGTH, "abort": Ending.ABORT}
+
+
+class Call:
+    """State of one request. `rid` has a fixed length: a server aborts all requests whose id begins with the one named."""
+
+    def __init__(self, request: Request, number: int, context_tokens: int, stream_interval: int) -> None:
+        """number: unique among the calls of this engine; context_tokens: the server's context [tokens]."""
+        self.request = request
+        self.rid = f"{request.trajectory_id:012d}-{number:010d}"
+        self.num_received = 0
+        self.is_aborted = False  # somebody asked for it
+        self.is_sent = False
+        self.ended = asyncio.Event()
+        self._interval = stream_interval
+        self.room = min(request.max_new_tokens, context_tokens - CONTEXT_MARGIN - len(request.token_ids))
+        if len(request.token_ids) > context_tokens - PROMPT_MARGIN:
+            self.room = 0  # the server would refuse it; there is no room worth a request anyway
+
+    def body(self) -> dict[str, Any]:
+        request, sampling = self.request, self.request.sampling
+        return {
+            "rid": self.rid,
+            "input_ids": request.token_ids.tolist(),
+            "stream": True,
+            "return_logprob": True,
+            "logprob_start_len": -1,  # a value of 0 or more would keep the prompt from being found in the cache
+            "extra_key": f"{request.weight_version}/{request.kv_key}",
+            "sampling_params": {
+                "max_new_tokens": self.room,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k or -1,
+                "min_p": sampling.min_p,
+                "stop_token_ids": list(sampling.stop_token_ids),
+                "sampling_seed": seed_of(sampling.seed, request.trajectory_id),
+                "stream_interval": self._interval,
+            },
+        }
+
+    def chunk(self, event: dict[str, Any]) -> Chunk:
+        """The new tokens of an event. Raises EngineError for a refusal, a wrong weight version or a broken count."""
+        if "error" in event:
+            raise EngineError(f"{self._who}: refused: {event['error'].get('message', event['error'])}")
+        meta = event["meta_info"]
+        reason = meta.get("finish_reason")
+        ending = _ENDINGS.get(reason["type"]) if reason else None
+        if reason and (ending is None or (ending is Ending.ABORT and not self.is_aborted)):
+            raise EngineError(f"{self._who}: the server gave it up: {reason.get('message') or reason}; see its log")
+        version = weight_version_of(meta)
+        if version != str(self.request.weight_version):
+            raise EngineError(f"{self._who}: answered under weight version {version}, asked was {self.request.weight_version}")
+        entries = self._new_entries(event, meta)
+        tokens = np.array([entry[1] for entry in entries], np.int32)
+        log_probs = np.array([entry[0] for entry in entries], np.float32)
+        return self._chunk(tokens, log_probs, int(meta.get("cached_tokens") or 0), ending)
+
+    def empty(self, ending: Ending) -> Chunk:
+        """The last chunk of a request that needs no server."""
+        return self._chunk(np.zeros(0, np.int32), np.zeros(0, np.float32), 0, ending)
+
+    @property
+    def _who(self) -> str:
+        return f"trajectory {self.request.trajectory_id} (request {self.rid})"
+
+    def _new_entries(self, event: dict[str, Any], meta: dict[str, Any]) -> list[Any]:
+        total, known = int(meta["completion_tokens"]), self.num_received
+        entries = meta.get("output_token_logprobs") or []
+        entries = entries[known:total] if len(entries) >= total else entries[len(entries) - (total - known) :]
+        named = event.get("output_ids") or []
+        if len(entries) != total - known or (len(named) == len(entries) and named != [entry[1] for entry in entries]):
+            raise EngineError(
+                f"{self._who}: {known} tokens received, {total} said to be made, {len(entries)} new ones sent with their "
+                "log-probs, or not the ones named; this version of the server streams in another way"
+            )
+        self.num_received = total
+        return entries
+
+    def _chunk(self, tokens: np.ndarray, log_probs: np.ndarray, cached: int, ending: Ending | None) -> Chunk:
+        version = self.request.weight_version
+        kv_versions = np.full(len(tokens), version, np.int32)  # `extra_key` keeps pages of other versions away
+        return Chunk(self.request.trajectory_id, tokens, log_probs, version, kv_versions, cached, ending)
+
+
+def seed_of(seed: int, trajectory_id: int) -> int:
+    """One seed per trajectory, 31 bits. The server adds the position, so that a resumed trajectory goes on as it would have;
+    it does so only if started with `enable_deterministic_inference`."""
+    digest = hashlib.blake2b(f"{seed}/{trajectory_id}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,177 @@
+"""The process of one SGLang server: its command line, its start with a deadline, its log, its end.
+
+It refuses to start on a port that is taken, and never waits longer than `rollout.sglang.ready_timeout_s`. An end before it is
+ready is one EngineError with the last lines of its log and what they suggest. Requests: `sglang.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from typing import Any
+
+import httpx
+
+from megatron_rl.config import Config, SGLangConfig
+from megatron_rl.errors import EngineError
+
+_HOST = "127.0.0.1"
+_POLL_S = 0.2
+_STOP_S = 10.0  # between SIGTERM and SIGKILL
+_TAIL_LINES = 12
+_HINTS = {  # words of a log, lower case: what to do
+    "out of memory": "lower rollout.sglang.mem_fraction, or free the GPU",
+    "not enough memory": "raise rollout.sglang.mem_fraction, or free the GPU",
+    "address already in use": "set rollout.sglang.port to a free one, or leave it unset",
+    "no module named 'sglang'": "install sglang in this environment",
+    "unrecognized arguments": "see rollout.sglang.server_arguments and the server's version",
+}
+
+
+def arguments(config: Config, port: int, index: int) -> list[str]:
+    """Command-line arguments of the `index`-th server on this machine."""
+    s = config.rollout.sglang
+    values = {
+        "model_path": str(config.model.folder),
+        "dtype": config.model.dtype,
+        "host": _HOST,
+        "port": port,
+        "tp_size": s.tensor_parallel,
+        "base_gpu_id": index * s.tensor_parallel,
+        "skip_tokenizer_init": True,  # token ids in and out: text is none of its business
+        "incremental_streaming_output": True,
+        "stream_interval": s.stream_interval,
+        "mem_fraction_static": s.mem_fraction,
+        "enable_memory_saver": s.memory_saver,
+        "attention_backend": s.attention_backend,
+        "sampling_backend": s.sampling_backend,
+        "enable_deterministic_inference": s.deterministic,
+        "random_seed": config.run.seed,
+        **s.server_arguments,
+    }
+    return [word for name, value in values.items() for word in _flag(name, value)]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    return [flag, *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
+
+
+def choose_port(config: SGLangConfig, index: int) -> int:
+    """The configured port, or a free one. Raises EngineError for one that is taken."""
+    wanted = 0 if config.port is None else config.port + index
+    with closing(socket.socket()) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((_HOST, wanted))
+        except OSError as e:
+            raise EngineError(
+                f"rollout.sglang.port={config.port}: {_HOST}:{wanted} cannot be used ({e.strerror}); "
+                "name a free one, or leave it unset"
+            ) from e
+        return s.getsockname()[1]
+
+
+class ServerProcess:
+    """One server, started any number of times. `program` is what runs it, e.g. (python, -m, sglang.launch_server)."""
+
+    def __init__(self, config: Config, *, name: str, index: int, program: Sequence[str]) -> None:
+        self._config, self._index, self._program = config, index, tuple(program)
+        self.name = name
+        self.log = config.run.folder / "log" / f"{name}.log"
+        self.url = ""
+        self._log_start = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "started before"
+        return self._process.pid
+
+    async def start(self) -> str:
+        """Its URL, once it has generated a first token. Raises EngineError when it ends or is late."""
+        settings = self._config.rollout.sglang
+        port = choose_port(settings, self._index)
+        self.url = f"http://{_HOST}:{port}"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [*self._program, *arguments(self._config, port, self._index)]
+        launch = [sys.executable, "-m", "megatron_rl.rollout.engines.sglang_launch", str(os.getpid()), *command]
+        # Log-probs at the sampling temperature, whatever the surroundings say.
+        environment = {**os.environ, "SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
+        with self.log.open("ab") as log:
+            log.write(f"# {' '.join(command)}\n".encode())
+            log.flush()
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(launch, stdout=log, stderr=log, start_new_session=True, env=environment)
+        try:
+            await asyncio.wait_for(self._ready(), settings.ready_timeout_s)
+        except TimeoutError as e:
+            await self.stop()
+            raise EngineError(
+                f"engine {self.name}: not ready within rollout.sglang.ready_timeout_s={settings.ready_timeout_s:g}; "
+                f"raise it, or see {self.log}:\n{self.tail()}"
+            ) from e
+        except BaseException:
+            await self.stop()
+            raise
+        return self.url
+
+    async def _ready(self) -> None:
+        async with httpx.AsyncClient(base_url=self.url, timeout=30.0, trust_env=False) as client:
+            while True:
+                if not self.is_running:
+                    raise EngineError(f"engine {self.name}: the server {self.epitaph()}")
+                with suppress(httpx.TransportError):
+                    if (await client.get("/health_generate")).status_code == 200:
+                        return
+                await asyncio.sleep(_POLL_S)
+
+    def epitaph(self) -> str:
+        """How its process ended, what its log says, and what to do about it."""
+        assert self._process is not None, "started before"
+        code = self._process.poll()
+        how = "does not answer" if code is None else f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"
+        tail = self.tail()
+        hints = [hint for words, hint in _HINTS.items() if words in tail.lower()]
+        return f"{how}; {hints[0] if hints else 'its log says why'} ({self.log}):\n{tail}"
+
+    def tail(self) -> str:
+        """The last lines of its log, of this start."""
+        with suppress(OSError), self.log.open("rb") as log:
+            log.seek(max(self._log_start, self.log.stat().st_size - 16384))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:])
+        return ""
+
+    async def stop(self) -> None:
+        """End it and all its children; returns when they are gone."""
+        process = self._process
+        if process is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        for _ in range(round(_STOP_S / _POLL_S)):
+            if process.poll() is not None:
+                break
+            await asyncio.sleep(_POLL_S)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its children too, whatever became of it
+        await asyncio.to_thread(process.wait)
+
+
+def sglang_program() -> tuple[str, ...]:
+    """What starts a real server."""
+    return (sys.executable, "-m", "sglang.launch_server")

@@ -1,0 +1,191 @@
+"""A started SGLang server that may die: started again, given its weights again, its requests taken up where they were.
+
+    generate -> engine.generate -> chunks -> the caller                      as long as the server lives
+                     | EngineGoneError
+                     v
+             start again (one caller does it, the others wait) -> weights of this version -> the same requests, each with
+             the tokens it has so far and the rest of its allowance
+
+No chunk is yielded twice and no token is lost. It gives up, with the log's last lines, after `rollout.sglang.max_restarts`, or
+where the weights cannot be had: only a trainer of one rank can export them in the middle of a rollout phase; otherwise the run
+ends and the same command continues it. The server itself: `sglang_server.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from megatron_rl.errors import EngineError, EngineGoneError
+from megatron_rl.rollout.engines.base import Chunk, KVSnapshot, KVUsage, Request
+from megatron_rl.rollout.engines.sglang import SGLangEngine
+from megatron_rl.rollout.engines.sglang_server import ServerProcess
+from megatron_rl.types import Ending
+
+log = logging.getLogger(__name__)
+
+Buckets = Iterable[Sequence[tuple[str, torch.Tensor]]]
+
+
+class SupervisedEngine:
+    """See `base.Engine`. Owns the server's process."""
+
+    capabilities = SGLangEngine.capabilities
+
+    def __init__(
+        self,
+        server: ServerProcess,
+        connect: Callable[[str], Awaitable[SGLangEngine]],
+        *,
+        max_restarts: int,
+        export: Callable[[], Buckets] | None,
+    ) -> None:
+        """connect: an engine for the server at a URL. export: the trainer's weights at any time; None if it has to be asked
+        collectively. Not started: see `start`."""
+        self.name = server.name
+        self.num_restarts = 0
+        self._server, self._connect, self._export, self._max_restarts = server, connect, export, max_restarts
+        self._engine: SGLangEngine | None = None
+        self.weight_version = -1
+        self._mending = asyncio.Lock()
+        self._open: set[int] = set()  # trajectories of running `generate` calls
+        self._aborted: set[int] = set()  # of those, the ones a dead server was to abort
+
+    @property
+    def engine(self) -> SGLangEngine:
+        assert self._engine is not None, "started before"
+        return self._engine
+
+    async def start(self) -> None:
+        """Raises EngineError when the server cannot be had."""
+        self._engine = await self._connect(await self._server.start())
+
+    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
+        left = {r.trajectory_id: _Progress(r) for r in requests}
+        self._open |= left.keys()
+        self._aborted -= left.keys()
+        while left:
+            engine, going = self.engine, [p.remainder() for p in left.values()]
+            try:
+                async with aclosing(engine.generate(going)) as chunks:
+                    async for chunk in chunks:
+                        left[chunk.trajectory_id].tokens.append(chunk.token_ids)
+                        if chunk.ending is not None:
+                            del left[chunk.trajectory_id]
+                            self._open.discard(chunk.trajectory_id)
+                        yield chunk
+            except EngineGoneError as e:
+                await self._mend(engine, e)
+                ended = {i: ending for i, p in left.items() if (ending := self._ending_in_absence(p))}
+                for i, ending in ended.items():
+                    self._open.discard(i)
+                    yield _last_chunk(left.pop(i).request, ending)
+
+    async def abort(self, trajectory_ids: Sequence[int] | None) -> None:
+        wanted = self._open if trajectory_ids is None else self._open & set(trajectory_ids)
+        self._aborted |= wanted  # in case the server is dead, or dies before it has obeyed
+        if not self._mending.locked():
+            with suppress(EngineGoneError):  # whoever listens to the requests finds out too, and mends
+                await self.engine.abort(trajectory_ids)
+
+    async def load_weights(self, buckets: Buckets, version: int) -> None:
+        await self.engine.load_weights(buckets, version)
+        self.loaded(version)
+
+    def loaded(self, version: int) -> None:
+        """The engine was given `version`, by `load_weights` here or in one pass with others."""
+        self.weight_version = version
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        await self.engine.release_memory(tags)
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        await self.engine.resume_memory(tags)
+
+    async def snapshot_kv(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]:
+        return await self.engine.snapshot_kv(trajectory_ids)
+
+    async def restore_kv(self, snapshots: Sequence[KVSnapshot]) -> list[bool]:
+        return await self.engine.restore_kv(snapshots)
+
+    async def kv_usage(self) -> KVUsage:
+        return await self.engine.kv_usage()
+
+    async def health(self) -> None:
+        """A server found dead is mended here as well."""
+        engine = self.engine
+        try:
+            await engine.health()
+        except EngineGoneError as e:
+            await self._mend(engine, e)
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            await self._engine.close()
+        await self._server.stop()
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    async def _mend(self, broken: SGLangEngine, reason: EngineGoneError) -> None:
+        """A server at work under the current version, unless another caller has seen to it already."""
+        async with self._mending:
+            if self._engine is not broken:
+                return
+            end = f"{reason}\nthe server {self._server.epitaph()}"
+            if self.num_restarts >= self._max_restarts:
+                raise EngineError(
+                    f"engine {self.name}: gone, after {self.num_restarts} restarts (rollout.sglang.max_restarts): {end}"
+                )
+            if self._export is None and self.weight_version > 0:
+                raise EngineError(
+                    f"engine {self.name}: gone, and its weights cannot be exported again while other ranks wait; "
+                    f"start the same command again, nothing is lost: {end}"
+                )
+            self.num_restarts += 1
+            log.warning("engine %s is started again (%d of %d): %s", self.name, self.num_restarts, self._max_restarts, end)
+            await self._server.stop()
+            await broken.close()
+            fresh = await self._connect(await self._server.start())
+            if self.weight_version >= 0:
+                if self._export is None:
+                    await fresh.adopt(self.weight_version)  # version 0 is the model folder, which the server has read
+                else:
+                    await fresh.load_weights(self._export(), self.weight_version)
+            self._engine = fresh
+
+    def _ending_in_absence(self, progress: _Progress) -> Ending | None:
+        """A request that was aborted, or had its last token but not its ending, when the server died."""
+        if progress.has_stopped:
+            return Ending.STOP
+        return Ending.ABORT if progress.request.trajectory_id in self._aborted else None
+
+
+class _Progress:
+    """One request and what it has brought so far."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens: list[np.ndarray] = []
+
+    def remainder(self) -> Request:
+        if not self.tokens:
+            return self.request
+        context = np.concatenate([self.request.token_ids, *self.tokens])
+        num_made = len(context) - len(self.request.token_ids)
+        return replace(self.request, token_ids=context, max_new_tokens=self.request.max_new_tokens - num_made)
+
+    @property
+    def has_stopped(self) -> bool:
+        last = [tokens[-1] for tokens in self.tokens if len(tokens)]
+        return bool(last) and int(last[-1]) in self.request.sampling.stop_token_ids
+
+
+def _last_chunk(request: Request, ending: Ending) -> Chunk:
+    none = np.zeros(0, np.int32)
+    return Chunk(request.trajectory_id, none, np.zeros(0, np.float32), request.weight_version, none, 0, ending)

@@ -1,0 +1,109 @@
+"""Full tensors, bucket by bucket, to engines in other processes: flattened, delivered while the next one is gathered.
+
+    buckets (collective, this thread)   gather 0 | gather 1      | gather 2      |
+    deliver (a worker thread)                    | deliver 0     | deliver 1     | deliver 2
+
+Two flat buffers take turns, so that memory beside the weights stays at two buckets (and one more while a tensor-parallel
+gather fills it), however large the model. A buffer is written again only after its delivery was answered. What a delivery
+is, e.g. a CUDA IPC handle in an HTTP call: `rollout/engines/sglang.py`. Where buckets come from: `hf.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_ALIGNMENT = 16  # bytes; a receiver views each piece as its own dtype
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one tensor lies in a flat bucket."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int  # bytes
+    stop: int  # bytes
+
+
+@dataclass(frozen=True)
+class FlatBucket:
+    data: torch.Tensor  # uint8 [bytes]
+    pieces: tuple[Piece, ...]
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """Views of `data`."""
+        return [(p.name, self.data[p.start : p.stop].view(p.dtype).view(p.shape)) for p in self.pieces]
+
+
+def layout(tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[Piece, ...]:
+    """Where each tensor goes, in order, aligned."""
+    pieces, start = [], 0
+    for name, tensor in tensors:
+        stop = start + tensor.numel() * tensor.element_size()
+        pieces.append(Piece(name, tuple(tensor.shape), tensor.dtype, start, stop))
+        start = -(-stop // _ALIGNMENT) * _ALIGNMENT
+    return tuple(pieces)
+
+
+class Flattener:
+    """Two flat buffers that take turns; each grows to the largest bucket it has held."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor | None] = [None, None]
+        self._turn = 0
+
+    def flatten(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> FlatBucket:
+        """Copied when this returns. Valid until the second next call."""
+        pieces = layout(tensors)
+        size, device = pieces[-1].stop, tensors[0][1].device
+        buffer = self._buffers[self._turn]
+        if buffer is None or buffer.numel() < size:
+            self._buffers[self._turn] = None  # freed before its larger successor is allocated
+            buffer = self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8, device=device)
+        self._turn = 1 - self._turn
+        bucket = FlatBucket(buffer[:size], pieces)
+        for (_, source), (_, target) in zip(tensors, bucket.tensors(), strict=True):
+            target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # the receiver's process knows nothing of this stream
+        return bucket
+
+
+async def send(buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], deliver: Callable[[FlatBucket], None]) -> int:
+    """Deliver every bucket in order, one at a time; returns the bytes delivered.
+
+    `buckets` is advanced in this thread (it may be a collective), `deliver` runs in a worker thread and returns when the
+    receiver has let go of the bucket. After an error of `deliver` the rest is still gathered, for the other ranks' sake."""
+    flattener, num_bytes = Flattener(), 0
+    bucket = None
+    running: asyncio.Future[None] | None = None
+    failure: Exception | None = None
+    loop = asyncio.get_running_loop()
+    for tensors in buckets:
+        if failure is None:
+            bucket = flattener.flatten(tensors)
+            num_bytes += bucket.data.numel()
+            failure = await _settled(running)
+            running = loop.run_in_executor(None, deliver, bucket) if failure is None else None
+    failure = failure or await _settled(running)
+    if torch.cuda.is_available():
+        del flattener, bucket
+        torch.cuda.ipc_collect()  # the receivers have closed their handles
+    if failure is not None:
+        raise failure
+    return num_bytes
+
+
+async def _settled(delivery: asyncio.Future[None] | None) -> Exception | None:
+    """The error of a delivery, once it has ended."""
+    if delivery is None:
+        return None
+    await asyncio.wait([delivery])
+    error = delivery.exception()
+    assert error is None or isinstance(error, Exception)
+    return error

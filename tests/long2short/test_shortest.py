@@ -1,0 +1,85 @@
+"""The rules of paper 2.4 on responses made by hand, and the files they become from a real engine."""
+
+import json
+
+import pytest
+
+from megatron_rl import config as configuration
+from megatron_rl.answering import Response
+from megatron_rl.errors import DataError
+from megatron_rl.evaluate import evaluate, summary
+from megatron_rl.long2short.selection import preference_pairs, shortest_correct, write_selection
+from megatron_rl.report.evaluation import evaluation_page
+from megatron_rl.types import Ending
+from tests.resume.recipe import write_recipe
+
+
+def response(num_tokens: int, is_correct: bool, ending: Ending = Ending.STOP) -> Response:
+    return Response(f"{num_tokens} {is_correct}", num_tokens, is_correct, ending)
+
+
+def test_the_shortest_right_and_ended_response_is_chosen():
+    cut = response(5, True, Ending.LENGTH)
+    rows = [response(30, True), response(10, False), cut, response(20, True), response(20, True)]
+    assert shortest_correct(rows) is rows[3]
+    assert shortest_correct([response(10, False), cut]) is None
+
+
+def test_rejected_are_longer_wrong_ones_and_right_ones_half_as_long_again():
+    best = response(20, True)
+    rows = [best, response(19, False), response(21, False), response(29, True), response(30, True), response(40, True)]
+    assert preference_pairs(rows) == [(best, rows[2]), (best, rows[4]), (best, rows[5])]
+    assert preference_pairs([response(3, False), response(9, False)]) == []
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long2short")
+    return configuration.load(write_recipe(folder, iterations=1), ["data.held_out=6", f"run.folder={folder / 'run'}"])
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_models_own_responses_become_training_data(config, kind, tmp_path):
+    counts = write_selection(config, config.model.folder, tmp_path / "out.jsonl", kind=kind, samples=8)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert counts == {"prompts": 30, "lines": len(lines)} and lines
+    for line in lines:
+        if kind == "sft":
+            assert [m["role"] for m in line["messages"]] == ["user", "assistant"]
+            assert not set(line["messages"][-1]["content"]) & set("abcdefghijklm"), "right by the recipe's rule"
+        else:
+            assert line["num_tokens"][1] > line["num_tokens"][0] and line["messages"][-1]["role"] == "user"
+
+
+def test_a_model_that_is_never_right_is_an_error_not_an_empty_file(config, tmp_path):
+    hopeless = config.model_copy(
+        update={"rewards": config.rewards.model_validate({"terms": [{"name": "regex", "options": {"pattern": "^()$x"}}]})}
+    )
+    with pytest.raises(DataError, match="none is right; take easier prompts"):
+        write_selection(hopeless, config.model.folder, tmp_path / "out.jsonl", kind="sft", samples=2)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_evaluation_holds_pass_at_k_and_the_vote_and_is_the_same_twice(config):
+    result = evaluate(config, config.model.folder, greedy=False, samples=6)
+    assert result == evaluate(config, config.model.folder, greedy=False, samples=6)
+    by_name = {s["name"]: s for s in result["scores"]}
+    assert list(by_name) == ["pass@1", "pass@2", "pass@4", "pass@6", "maj@6"] and result["n"] == 6
+    means = [by_name[f"pass@{k}"]["mean"] for k in (1, 2, 4, 6)]
+    assert means == sorted(means) and means[0] == result["mean"]
+    assert all(s["low"] <= s["mean"] <= s["high"] for s in result["scores"])
+    page = evaluation_page(result)
+    assert "maj@6" in page and f"{means[0]:.3f}" in page
+
+
+def test_prompts_without_answers_cannot_be_evaluated(config):
+    exact = config.model_copy(update={"rewards": config.rewards.model_copy(update={"terms": ()})})
+    with pytest.raises(DataError, match="none of its 6 prompts has a reference answer.*fill the field `answer`"):
+        evaluate(exact, config.model.folder)
+
+
+def test_the_summary_of_responses_by_hand():
+    rows = [[response(4, True), response(8, False)], [response(2, False), response(2, False)]]
+    found = summary(rows, seed=0, prefix=None, model="m", split="held_out", greedy=False, temperature=1.0)
+    assert [(s.name, s.mean) for s in found.scores] == [("pass@1", 0.25), ("pass@2", 0.5), ("maj@2", 0.5)]
+    assert (found.mean_tokens, found.correct_tokens) == (4.0, 4.0)

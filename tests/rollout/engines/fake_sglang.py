@@ -1,0 +1,255 @@
+"""SGLang 0.5.15 as its HTTP clients see it, on a CPU; its tokens come from our embedded engine.
+
+What is like the original, because it bites: aborts match the beginning of a request id and are lost for an id not yet known;
+a prefix cache by `extra_key` that only a flush empties; flushes refused while requests run; log-probs of all tokens so far in
+every event (`log_probs="all"`, its way without a tokenizer) or of the new ones; a request aborted before its first token
+answers in another form; releasing while busy and resuming what is not released kill the server; a prompt has to stay 6 tokens
+below the context, prompt and response together 2.
+As a program it takes SGLang's arguments and, after `--fake-fault`, a fault: `oom`, `hang`, or a number of events to die after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import itertools
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_rl.config import EmbeddedConfig
+from megatron_rl.model_config import ModelConfig
+from megatron_rl.rollout.engines.base import Request, Sampling
+from megatron_rl.rollout.engines.embedded import EmbeddedEngine
+from megatron_rl.rollout.engines.embedded.weights import read_folder
+from megatron_rl.weights.transport import FlatBucket
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_http import FakeHTTPServer
+
+
+def serialize(bucket: FlatBucket) -> str:
+    """What MultiprocessingSerializer does, with the data in place of an IPC handle."""
+    file = io.BytesIO()
+    metadata = [(p.name, p.shape, str(p.dtype).removeprefix("torch."), p.start, p.stop) for p in bucket.pieces]
+    torch.save({"flattened_tensor": bucket.data.clone(), "metadata": metadata}, file)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+class FakeSGLang:
+    def __init__(self, folder: Path, *, version: str = "0.5.15", log_probs: str = "all", **options: Any) -> None:
+        """options: fields of EmbeddedConfig."""
+        self.folder, self.version, self.log_probs = folder, version, log_probs
+        self.model_type = ModelConfig.from_folder(folder).family
+        self.weights = dict(read_folder(folder))
+        self.weight_version = "default"
+        self.released: set[str] = set()
+        self.requests: list[dict[str, Any]] = []  # bodies of all that was asked
+        self.ignored_tensors: set[str] = set()  # a fault: updates of these are lost
+        self.dies_after: int | None = None  # events
+        self.loses_aborts = 0  # a fault: so many aborts are lost
+        self.on_death = lambda: self.http.die()
+        self.http = FakeHTTPServer(self._answer)
+        config = EmbeddedConfig(**{"page_size": 4, "kv_bytes": 4 << 20, "batch_sizes": (1, 2, 4, 8, 64), **options})
+        self._model = ModelConfig.from_folder(folder)
+        self._engine = EmbeddedEngine(self._model, config=config, dtype=torch.float32, device=torch.device("cpu"))
+        self._is_loaded = False
+        self._loads = itertools.count(1)
+        self._loading = asyncio.Lock()
+        self._tree: dict[str, list[list[int]]] = {}  # extra_key -> token ids whose KV is held
+        self._running: dict[str, int] = {}  # request id -> the embedded engine's
+        self._num_events = 0
+
+    async def close(self) -> None:
+        self.http.die()
+        await self._engine.close()
+
+    def die(self, why: str) -> ConnectionError:
+        print(f"scheduler: AssertionError: {why}", file=sys.stderr, flush=True)
+        self.on_death()
+        return ConnectionError(why)
+
+    async def _answer(self, path: str, query: dict[str, str], body: Any) -> tuple[int, Any] | AsyncIterator[Any]:
+        name = path.strip("/")
+        if name == "generate":
+            return self._generate(body)
+        method = getattr(self, f"_on_{name}", None)
+        if method is None:
+            return 404, {"detail": "Not Found"}
+        return await method(query, body or {})
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    async def _generate(self, body: dict[str, Any]) -> AsyncIterator[Any]:
+        self.requests.append(body)
+        ids, rid, params, limit = body["input_ids"], body["rid"], body["sampling_params"], self._model.max_positions
+        if len(ids) + params["max_new_tokens"] > limit or len(ids) > limit - 6:
+            yield {"error": {"message": f"{len(ids)} tokens exceed the context length {limit}", "code": 400}}
+            return
+        if self.released:
+            raise self.die("CUDA error: an illegal memory access was encountered")
+        await self._load()
+        cached = self._match(body["extra_key"], ids)
+        request = self._request(body, min(params["max_new_tokens"], limit - 2 - len(ids)))
+        self._running[rid] = request.trajectory_id
+        made: list[list[Any]] = []  # [log-prob, token, None]
+        sent = 0
+        try:
+            async for chunk in self._engine.generate([request]):
+                pairs = zip(chunk.log_probs.tolist(), chunk.token_ids.tolist(), strict=True)
+                made += [[log_prob, token, None] for log_prob, token in pairs]
+                if chunk.ending is None and sent > 0 and len(made) - sent < params["stream_interval"]:
+                    continue
+                reason = {"type": str(chunk.ending), "message": "Aborted"} if chunk.ending else None
+                if reason and reason["type"] == "abort" and not made:
+                    yield {"output_ids": [], "text": "", "meta_info": self._waiting_meta(rid, reason)}
+                    return
+                meta = {"id": rid, "finish_reason": reason, "prompt_tokens": len(ids), "completion_tokens": len(made)}
+                meta |= {"weight_version": self.weight_version, "cached_tokens": cached}
+                meta["output_token_logprobs"] = made if self.log_probs == "all" else made[sent:]
+                event = {"output_ids": [entry[1] for entry in made[sent:]], "meta_info": meta}
+                sent = len(made)
+                self._count_event()
+                yield event
+        finally:
+            self._running.pop(rid, None)
+            self._tree.setdefault(body["extra_key"], []).append([*ids, *(entry[1] for entry in made)][:-1])
+
+    def _request(self, body: dict[str, Any], max_new_tokens: int) -> Request:
+        p = body["sampling_params"]
+        stop = (*p["stop_token_ids"], *self._model.eos_token_ids)
+        sampling = Sampling(p["temperature"], p["top_p"], max(p["top_k"], 0), p["min_p"], 0, stop)
+        number = p["sampling_seed"]  # noise is a function of it and the position
+        ids = np.array(body["input_ids"], np.int32)
+        return Request(number, ids, max_new_tokens, sampling, self._engine.weight_version, body["extra_key"])
+
+    def _waiting_meta(self, rid: str, reason: dict[str, Any]) -> dict[str, Any]:
+        return {"id": rid, "finish_reason": reason, "weight_version": self.weight_version, "completion_tokens": 0}
+
+    def _match(self, key: str, ids: list[int]) -> int:
+        """Tokens found in the cache; the last token is always computed."""
+        longest = 0
+        for known in self._tree.get(key, []):
+            pairs = zip(known, ids[:-1], strict=False)
+            longest = max(longest, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        return longest
+
+    def _count_event(self) -> None:
+        self._num_events += 1
+        if self.dies_after is not None and self._num_events > self.dies_after:
+            raise self.die("killed")
+
+    async def _on_abort_request(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if self.loses_aborts:
+            self.loses_aborts -= 1
+            return 200, None
+        hit = [number for rid, number in self._running.items() if body.get("abort_all") or rid.startswith(body["rid"])]
+        if hit:
+            await self._engine.abort(hit)
+        return 200, None
+
+    # --- weights and memory ------------------------------------------------------------------------------------------
+
+    async def _load(self) -> None:
+        """The embedded engine takes all weights at once; SGLang overwrites them one by one."""
+        async with self._loading:
+            if not self._is_loaded:
+                await self._engine.load_weights([list(self.weights.items())], next(self._loads))
+                self._is_loaded = True
+
+    async def _on_update_weights_from_tensor(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        assert body["load_format"] == "flattened_bucket" and len(body["serialized_named_tensors"]) == 1
+        payload = torch.load(io.BytesIO(base64.b64decode(body["serialized_named_tensors"][0])), weights_only=True)
+        for name, shape, dtype, start, stop in payload["metadata"]:
+            held = self.weights.get(name)
+            if held is None or tuple(held.shape) != tuple(shape):
+                found = None if held is None else list(held.shape)
+                return 400, {"success": False, "message": f"{name}: loaded {list(shape)}, the parameter has {found}"}
+            if name not in self.ignored_tensors:
+                self.weights[name] = payload["flattened_tensor"][start:stop].view(getattr(torch, dtype)).view(shape).clone()
+        self._is_loaded = False
+        if body["flush_cache"] and not self._flush():
+            raise self.die("Cache flush failed after updating weights")
+        return 200, {"success": True, "message": "Success"}
+
+    async def _on_weights_checker(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if body["action"] == "reset_tensors":
+            generator = torch.Generator().manual_seed(len(self.requests))
+            self.weights = {n: torch.rand(t.shape, generator=generator, dtype=t.dtype) for n, t in self.weights.items()}
+            self._is_loaded = False
+            return 200, {"success": True, "message": "Success."}
+        sums = {n: hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for n, t in self.weights.items()}
+        return 200, {"success": True, "message": "Success.", "ranks": [{"checksums": sums, "per_gpu_checksum": ""}]}
+
+    async def _on_update_weight_version(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if body.get("abort_all_requests", True):
+            await self._engine.abort(None)
+        self.weight_version = body["new_version"]
+        return 200, {"success": True}
+
+    async def _on_flush_cache(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        deadline = asyncio.get_running_loop().time() + float(query.get("timeout", 0))
+        while not self._flush() and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        return (200, "Cache flushed.") if not self._tree else (400, "Flush cache failed.")
+
+    def _flush(self) -> bool:
+        if not self._running:
+            self._tree.clear()
+        return not self._running
+
+    async def _on_release_memory_occupation(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if self._running:
+            raise self.die("release_memory_occupation should be called only when server is idle.")
+        self.released |= set(body["tags"])
+        self._flush()
+        if "weights" in body["tags"]:
+            self.weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in self.weights.items()}
+            self._is_loaded = False
+        return 200, None
+
+    async def _on_resume_memory_occupation(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if set(body["tags"]) - self.released:
+            raise self.die("KeyError: 'kv_cache'")
+        self.released -= set(body["tags"])
+        return 200, None
+
+    # --- what it says of itself --------------------------------------------------------------------------------------
+
+    async def _on_server_info(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        return 200, {"version": self.version, "context_length": None, "tp_size": 1, "load_format": "auto"}
+
+    async def _on_model_info(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        return 200, {"model_path": str(self.folder), "model_type": self.model_type, "weight_version": self.weight_version}
+
+    async def _on_health_generate(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        return 200, None
+
+
+async def main(arguments: list[str]) -> None:
+    values = dict(zip(arguments, arguments[1:], strict=False))
+    fault = values.get("--fake-fault", "")
+    if fault == "oom":
+        sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.")
+    server = FakeSGLang(Path(values["--model-path"]))
+    if fault.isdigit():
+        marker = server.folder / "died"  # it dies once
+        server.dies_after = None if marker.exists() else int(fault)
+        marker.touch()
+    server.on_death = lambda: os._exit(3)
+    if fault == "hang":
+        server._on_health_generate = lambda query, body: asyncio.Event().wait()  # type: ignore[method-assign]
+    await server.http.listen(int(values["--port"]))
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    asyncio.run(main(sys.argv[1:]))

@@ -1,0 +1,162 @@
+"""Servers started as processes: they die, do not start, or outlive nobody; no trajectory is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager, closing
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from engine_scenarios import collect, prompt, request, run, save_random_model
+from sglang_scenarios import connect, fake_server
+
+from megatron_rl.config import SGLangConfig
+from megatron_rl.errors import EngineError
+from megatron_rl.rollout.engines.embedded.weights import read_folder
+from megatron_rl.rollout.engines.sglang_server import ServerProcess, arguments, choose_port
+from megatron_rl.rollout.engines.sglang_supervisor import SupervisedEngine
+from megatron_rl.types import Ending
+
+PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_sglang.py")))
+
+
+def settings(folder, run_folder, **options):
+    """What a server is started from; only these sections are read."""
+    sglang = SGLangConfig(**{"ready_timeout_s": 50, **options})
+    return SimpleNamespace(
+        rollout=SimpleNamespace(sglang=sglang),
+        model=SimpleNamespace(folder=folder, dtype="float32"),
+        run=SimpleNamespace(folder=run_folder, seed=0),
+    )
+
+
+def process(folder, run_folder, **options) -> ServerProcess:
+    return ServerProcess(settings(folder, run_folder, **options), name="sglang-0", index=0, program=PROGRAM)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of this test alone: a fake that dies once leaves a mark there."""
+    return save_random_model("llama-tied", tmp_path / "model")
+
+
+@asynccontextmanager
+async def supervised(folder, run_folder, *, export=None, max_restarts=1, version=0, **options):
+    server = process(folder, run_folder, **options)
+    engine = SupervisedEngine(server, partial(connect, folder=folder), max_restarts=max_restarts, export=export)
+    try:
+        await engine.start()
+        if export is None:
+            await engine.engine.adopt(0)
+            engine.loaded(0)
+        else:
+            await engine.load_weights(export(), version)
+        yield engine
+    finally:
+        await engine.close()
+
+
+def changed(folder):
+    return [[(name, tensor * 1.03) for name, tensor in read_folder(folder)]]
+
+
+def test_requests_of_a_dead_server_go_on_where_they_were_under_the_same_weights(folder, tmp_path):
+    requests = [request(i, prompt(i, 9 + i), 60, seed=3, weight_version=2) for i in range(4)]
+
+    async def undisturbed():
+        async with fake_server(folder) as s:
+            await s.engine.load_weights(changed(folder), 2)
+            return await collect(s.engine, requests)
+
+    async def disturbed():
+        options = {"server_arguments": {"fake_fault": 20}, "export": lambda: changed(folder), "version": 2}
+        async with supervised(folder, tmp_path / "run", **options) as engine:
+            found = await collect(engine, requests)
+            return found, engine.num_restarts
+
+    expected, (found, num_restarts) = run(undisturbed()), run(disturbed())
+    assert num_restarts == 1
+    for i in range(4):
+        assert found[i].token_ids.tolist() == expected[i].token_ids.tolist() and found[i].ending is Ending.LENGTH
+        assert found[i].log_probs == pytest.approx(expected[i].log_probs, abs=1e-4)
+
+
+def test_a_server_that_keeps_dying_is_given_up_with_its_log(folder, tmp_path):
+    async def scenario():
+        async with supervised(folder, tmp_path / "run", max_restarts=0, server_arguments={"fake_fault": 3}) as engine:
+            await collect(engine, [request(i, prompt(i, 9), 60) for i in range(3)])
+
+    with pytest.raises(EngineError, match=r"(?s)after 0 restarts \(rollout\.sglang\.max_restarts\).*exit code 3.*killed"):
+        run(scenario())
+
+
+def test_newer_weights_that_other_ranks_would_have_to_export_end_the_run_with_advice(folder, tmp_path):
+    async def scenario():
+        async with supervised(folder, tmp_path / "run") as engine:
+            await engine.load_weights(changed(folder), 1)
+            os.kill(engine._server.pid, signal.SIGKILL)
+            await collect(engine, [request(0, prompt(0, 9), 60, weight_version=1)])
+
+    with pytest.raises(EngineError, match=r"start the same command again, nothing is lost"):
+        run(scenario())
+
+
+def test_an_end_before_readiness_is_one_error_with_the_log_and_a_remedy(folder, tmp_path):
+    with pytest.raises(EngineError, match=r"(?s)exit code 1; lower rollout\.sglang\.mem_fraction.*CUDA out of memory"):
+        run(process(folder, tmp_path, server_arguments={"fake_fault": "oom"}).start())
+    late = process(folder, tmp_path, server_arguments={"fake_fault": "hang"}, ready_timeout_s=6)
+    with pytest.raises(EngineError, match=r"not ready within rollout\.sglang\.ready_timeout_s=6"):
+        run(late.start())
+    assert not late.is_running
+
+
+def test_a_taken_port_is_an_error_before_anything_starts():
+    with closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        with pytest.raises(EngineError, match=rf"rollout\.sglang\.port={port}: 127\.0\.0\.1:{port} cannot be used"):
+            choose_port(SGLangConfig(port=port), 0)
+
+
+def test_a_server_ends_with_the_process_that_started_it(tmp_path):
+    code = (
+        "import os, subprocess, sys, time\n"
+        "command = [sys.executable, '-m', 'megatron_rl.rollout.engines.sglang_launch', str(os.getpid()), '/bin/sleep', '600']\n"
+        "print(subprocess.Popen(command).pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    deadline = time.monotonic() + 30
+    while "sleep" not in Path(f"/proc/{child}/comm").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(child)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_arguments_are_the_servers_own_names(tmp_path):
+    extra = {"grammar_backend": "none", "disable_radix_cache": False, "cuda_graph_bs": [1, 2]}
+    words = arguments(settings(tmp_path, tmp_path, tensor_parallel=2, server_arguments=extra), 30000, 1)
+    text = " ".join(words)
+    assert "--tp-size 2" in text and "--base-gpu-id 2" in text and "--cuda-graph-bs 1 2" in text
+    assert "--enable-memory-saver" in words and "--grammar-backend none" in text
+    assert not {"--disable-radix-cache", "--attention-backend", "False", "None"} & set(words)

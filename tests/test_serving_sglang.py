@@ -1,0 +1,54 @@
+"""The whole loop with SGLang's fake as a started process: turns on the GPU, publishes, a server killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rl import config as configuration
+from megatron_rl import loop, run
+from megatron_rl.errors import ConfigError
+from megatron_rl.rollout.buffer import ReplayBuffer
+from megatron_rl.serving_sglang import SGLangServing
+from tests.resume.recipe import write_recipe
+from tests.rollout.engines.fake_sglang import serialize
+
+PROGRAM = (sys.executable, str(Path(__file__).parent / "rollout" / "engines" / "fake_sglang.py"))
+
+
+def served_by_fake(*arguments, **options):
+    return SGLangServing(*arguments, **options, program=PROGRAM, serialize=lambda: serialize)
+
+
+def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SGLangServing", served_by_fake)
+    recipe = write_recipe(tmp_path, iterations=3)
+    fault = "rollout.sglang.server_arguments={fake_fault: 30}"
+    config = configuration.load(recipe, [f"run.folder={tmp_path / 'run'}", "rollout.engine=sglang", fault])
+    assert loop.train(config) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    assert len(trained) >= 2 and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in trained)
+    assert all(row["time/release_s"] > 0 and row["time/resume_s"] > 0 for row in trained)
+    log = (tmp_path / "run" / "log" / "sglang-0.log").read_text()
+    assert log.count("--model-path") == 2, "started twice: it died once"
+    buffer = ReplayBuffer(tmp_path / "run" / "buffer.sqlite", read_only=True)
+    buffer.check()
+    buffer.close()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("rollout.kv_policy=keep", "rollout.kv_policy=keep: an SGLang server drops its KV"),
+        ("rollout.sglang.urls=[http://elsewhere:30000]", "must be on this machine"),
+        ("rollout.sglang.server_arguments={port: 1}", "server_arguments.port: set rollout.sglang.port instead"),
+        ("rollout.sglang.ready_timeout_s=700", "more than rollout.request_timeout_s=600"),
+    ],
+)
+def test_settings_that_cannot_work_with_sglang_are_refused(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configuration.load(write_recipe(tmp_path, iterations=1), ["rollout.engine=sglang", override])
