@@ -43,7 +43,6 @@ def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("rollout.kv_policy=keep", "rollout.kv_policy=keep: an SGLang server drops its KV"),
         ("rollout.sglang.urls=[http://elsewhere:30000]", "must be on this machine"),
         ("rollout.sglang.server_arguments={port: 1}", "server_arguments.port: set rollout.sglang.port instead"),
         ("rollout.sglang.ready_timeout_s=700", "more than rollout.request_timeout_s=600"),
