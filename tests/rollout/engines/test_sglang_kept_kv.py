@@ -226,7 +226,7 @@ def test_a_server_without_the_plugin_or_that_it_cannot_work_in_is_refused_at_the
             for host_bytes, spoil, message in [
                 (1 << 20, lambda scheduler: setattr(scheduler.tree_cache, "disable", True), "RadixCache, switched off; see"),
                 (1 << 20, lambda scheduler: setattr(scheduler.ps, "pp_size", 2), "pipeline or data parallelism cannot keep KV"),
-                (TOKEN_BYTES - 1, lambda scheduler: None, "kv_store.host_bytes: 127 bytes for each rank"),
+                (TOKEN_BYTES - 1, lambda scheduler: None, "kv_store.host_bytes: 63 bytes for each rank"),
             ]:
                 s.fake.scheduler = fake_radix.Scheduler()
                 spoil(s.fake.scheduler)
