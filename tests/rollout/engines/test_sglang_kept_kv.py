@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from contextlib import ExitStack, suppress
-from unittest import mock
 
 import fake_radix
 import numpy as np
@@ -47,7 +45,7 @@ def test_what_is_put_back_is_what_was_saved_and_no_page_is_lost(page_size, num_s
     """Phases with new weights each; trajectories share a prompt and grow; room may be short on the device and on the host."""
     scheduler = fake_radix.Scheduler(num_slots=64, page_size=page_size)
     allocator = scheduler.token_to_kv_pool_allocator
-    with mock.patch.dict(sys.modules, fake_radix.modules()):
+    with fake_radix.importable():
         cache = PrefixCache(scheduler)
     store = PageStore(cache.pool, host_bytes=num_slots * page_size * TOKEN_BYTES, compression="none")
     contexts = {i: [*range(num_shared), *prompt(i, n)] for i, n in enumerate(lengths)}
