@@ -109,7 +109,7 @@ def main() -> None:
         {"ours": (min(mine), max(mine)), "peer": (min(theirs), max(theirs))},
     )
     print(f"ours {row.ours:.0f}, sglang.Engine {row.peer:.0f} tokens/s, ratio {ratio:.3f}")
-    write_result("sglang_driver", [row], ceilings={}, packages=["torch", "sglang", "httpx"])
+    write_result("sglang_driver", [row], ceilings={}, packages=["torch", "sglang", "aiohttp"])
 
 
 if __name__ == "__main__":

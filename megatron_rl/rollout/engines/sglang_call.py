@@ -24,10 +24,11 @@ _ENDINGS = {"stop": Ending.STOP, "length": Ending.LENGTH, "abort": Ending.ABORT}
 class Call:
     """State of one request. `rid` has a fixed length: a server aborts all requests whose id begins with the one named."""
 
-    def __init__(self, request: Request, number: int, context_tokens: int, stream_interval: int) -> None:
-        """number: unique among the calls of this engine; context_tokens: the server's context [tokens]."""
+    def __init__(self, request: Request, client: str, number: int, context_tokens: int, stream_interval: int) -> None:
+        """client: of fixed length, unlike that of any other who asks this server, whose requests may still run there;
+        number: unique among the calls of this client; context_tokens: the server's context [tokens]."""
         self.request = request
-        self.rid = f"{request.trajectory_id:012d}-{number:010d}"
+        self.rid = f"{request.trajectory_id:012d}-{client}-{number:010d}"
         self.num_received = 0
         self.is_aborted = False  # somebody asked for it
         self.is_sent = False

@@ -93,6 +93,9 @@ class FakeSGLang:
         if len(ids) + params["max_new_tokens"] > limit or len(ids) > limit - 6:
             yield {"error": {"message": f"{len(ids)} tokens exceed the context length {limit}", "code": 400}}
             return
+        if rid in self._running:
+            yield {"error": {"message": f"Duplicate request ID detected: {rid}", "code": 400}}
+            return
         if self.released:
             raise self.die("CUDA error: an illegal memory access was encountered")
         await self._load()

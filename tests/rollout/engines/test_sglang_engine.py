@@ -49,7 +49,7 @@ def event(tokens, total, *, listed, ids=None, ending=None):
 @given(tokens=st.lists(st.integers(0, 99), min_size=1, max_size=20), cuts=st.sets(st.integers(1, 19)), data=st.data())
 def test_tokens_are_read_once_and_in_order_whatever_the_form_of_the_events(tokens, cuts, data):
     """Whole lists, lists that have grown since, new entries only, merged events, and the last token repeated by an abort."""
-    call = Call(request(0, [1, 2], 50, weight_version=3), 0, 256, 1)
+    call = Call(request(0, [1, 2], 50, weight_version=3), "client-0", 0, 256, 1)
     call.is_aborted = True
     found, known = [], 0
     for cut in [*sorted(c for c in cuts if c < len(tokens)), len(tokens)]:
@@ -77,8 +77,8 @@ def test_tokens_are_read_once_and_in_order_whatever_the_form_of_the_events(token
     ],
 )
 def test_an_answer_that_cannot_be_right_is_an_error_that_names_the_request(bad, message):
-    call = Call(request(7, [1, 2], 50, weight_version=3), 4, 256, 1)
-    with pytest.raises(EngineError, match=f"trajectory 7 .request 000000000007-0000000004.: .*{message}"):
+    call = Call(request(7, [1, 2], 50, weight_version=3), "client-0", 4, 256, 1)
+    with pytest.raises(EngineError, match=f"trajectory 7 .request 000000000007-client-0-0000000004.: .*{message}"):
         call.chunk(bad)
 
 
