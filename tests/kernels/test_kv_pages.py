@@ -169,7 +169,7 @@ def test_a_row_that_is_not_finite_comes_back_as_nan(scheme: kv_pages.Scheme, bad
     assert bool(lost[1, 1, 2 * 2 + 1].all()) and int(lost.sum()) == 8
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(num_pages=st.integers(1, 60), data=st.data())
 def test_compaction_moves_tail_pages_into_low_holes_only(num_pages: int, data: st.DataObject) -> None:
     used = np.array(data.draw(st.lists(st.integers(0, num_pages - 1), unique=True)), dtype=np.int64)
