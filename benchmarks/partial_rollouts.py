@@ -1,13 +1,14 @@
 """Trained tokens per second with partial rollouts, and without, where response lengths have a long tail.
 
-Forced lengths, log-normal (median 1,200, sigma 1.1) up to 16,384 tokens: the trajectories of every 16 groups of 8 have the same 128
-lengths in another order. A random model of Qwen3-8B's layers, 4 of them, which never ends a response itself. An iteration is a
-rollout phase, the release and resume of the server's KV cache as if training had the GPU, and a training time: none, or the trained
-tokens at a stated speed. Nothing is trained.
-Ours is the scheduler of the project (`rollout/scheduler.py`) with its buffer: unfinished trajectories go on first, 4,096 tokens at
-most in a phase, which ends with 16 complete groups; their KV is computed again in the next one. The peer waits for all of 16 fresh
-groups, through the same engine, without scheduler and buffer. With KV kept at no cost, on top: the cache is not released, and the
-weight version stays, so that the server finds what it had. The limit of a row is the target, 1.8 times the peer. Unattended:
+Forced lengths, log-normal (median 1,200, sigma 1.1) up to 16,384 tokens: the trajectories of every 16 groups of 8 have the same
+128 lengths in another order. The model is random, with 4 of Qwen3-8B's layers, and never ends a response itself. An iteration is
+a rollout phase, the release and resume of the server's KV cache as if training had the GPU, and a training time: none, or the
+trained tokens at a stated speed. Nothing is trained.
+
+Ours is the scheduler of the project (`rollout/scheduler.py`) with its buffer: unfinished trajectories go on first, with 4,096
+tokens at most in a phase, which ends with 16 complete groups; their KV is computed again in the next one. The peer waits for all
+of 16 fresh groups, through the same engine, without scheduler and buffer. On top, KV kept at no cost: the cache is not released
+and the weight version stays, so that the server finds what it had. The limit of a row is 1.8 times the peer. Unattended:
 
     python benchmarks/partial_rollouts.py [--out DIR] [--seconds 165] [--train-tokens-per-s 40000]     # one GPU, half its memory
     python benchmarks/partial_rollouts.py --small --out DIR                                            # on a CPU, no numbers
@@ -26,6 +27,7 @@ from pathlib import Path
 from statistics import NormalDist, mean
 
 import numpy as np
+import torch
 from gpu_timing import Clock, show
 from result_file import FOLDER, Row, write_result
 from served_model import Setup, attempt, open_server, prepare
@@ -81,11 +83,8 @@ class ForcedLengths:
         forced = [replace(r, max_new_tokens=min(r.max_new_tokens, left[r.trajectory_id])) for r in requests]
         async with aclosing(self._engine.generate(forced)) as chunks:
             async for chunk in chunks:
-                if chunk.ending is Ending.LENGTH:
-                    assert chunk.trajectory_id in ends_here or chunk.ending is not None
-                    yield replace(chunk, ending=Ending.STOP) if chunk.trajectory_id in ends_here else chunk
-                else:
-                    yield chunk
+                is_whole = chunk.ending is Ending.LENGTH and chunk.trajectory_id in ends_here
+                yield replace(chunk, ending=Ending.STOP) if is_whole else chunk
 
 
 class Prompts:
@@ -247,18 +246,16 @@ async def measure(setup: Setup, workload: Workload, clock: Clock, out: Path, spe
             curves["versions_behind"] = mine.versions_behind
             print(f"  trained tokens lie {mean(mine.versions_behind):.2f} versions behind on average", flush=True)
         packages = ["torch", "httpx"] if setup.small else ["torch", "sglang", "httpx"]
-        write_result(
-            "partial_rollouts", rows, ceilings={}, packages=packages, curves=curves, device=setup.device, folder=out
-        )
+        write_result("partial_rollouts", rows, ceilings={}, packages=packages, curves=curves, device=setup.device, folder=out)
 
-    print(f"[{clock.seconds - clock.left:5.1f} s] starting the server", flush=True)
+    clock.tell("starting the server")
     async with open_server(setup) as (engine, _):
-        print(f"[{clock.seconds - clock.left:5.1f} s] partial rollouts", flush=True)
+        clock.tell("partial rollouts")
         counts = {"warmups": 2, "most": 3 if setup.small else 7}
         reserve_s = 0 if setup.small else 40  # for the peer
         side = partial(setup, workload, engine, clock, keep=False, reserve_s=reserve_s, **counts)
         sides |= {"partial": p} if (p := await attempt("partial rollouts", side, failures)) else {}
-        print(f"[{clock.seconds - clock.left:5.1f} s] waiting for all", flush=True)
+        clock.tell("waiting for all")
         side = waiting_for_all(setup, workload, engine, 1, clock)
         sides |= {"waiting": p} if (p := await attempt("waiting for all", side, failures)) else {}
         write()
@@ -293,8 +290,6 @@ def main() -> None:
     parser.add_argument("--train-tokens-per-s", type=float, default=40000, help="speed of the training that is not done")
     parser.add_argument("--small", action="store_true", help="a tiny model and a fake server, on a CPU")
     arguments = parser.parse_args()
-    import torch
-
     if not torch.cuda.is_available() and not arguments.small:
         parser.error("no GPU here; --small tries the code on a CPU")
     clock, workload = Clock.of(arguments.seconds), SMALL if arguments.small else FULL

@@ -27,6 +27,7 @@ from megatron_rl.rollout.engines.sglang_http import SGLangClient
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, sglang_program
 from megatron_rl.training import parallel
 from megatron_rl.training.model import PolicyModel
+from megatron_rl.weights.transport import FlatBucket
 
 T = TypeVar("T")
 
@@ -99,11 +100,11 @@ def prepare(folder: Path, *, small: bool, layers: int, overrides: Sequence[str],
     return Setup(config, model, device, (sys.executable, str(FAKE / "fake_sglang.py")), lambda: fake_serialize, small)
 
 
-def fake_serialize(payload: Any) -> str:
+def fake_serialize(bucket: FlatBucket) -> str:
     sys.path[:0] = [] if str(FAKE) in sys.path else [str(FAKE)]
     from fake_sglang import serialize
 
-    return serialize(payload)
+    return serialize(bucket)
 
 
 @asynccontextmanager
@@ -178,3 +179,30 @@ class Lap:
         now = time.perf_counter()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
         self._last = now
+
+
+class GPUMemory:
+    """Bytes; zeros on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_gpu = device.type == "cuda"
+
+    @property
+    def free(self) -> int:
+        """Of the GPU, whoever uses it."""
+        return torch.cuda.mem_get_info()[0] if self._is_gpu else 0
+
+    @property
+    def allocated(self) -> int:
+        """By this process's tensors."""
+        return torch.cuda.memory_allocated() if self._is_gpu else 0
+
+    @property
+    def peak(self) -> int:
+        """Most of `allocated` since `reset_peak`."""
+        return torch.cuda.max_memory_allocated() if self._is_gpu else 0
+
+    def reset_peak(self) -> None:
+        if self._is_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()

@@ -1,10 +1,10 @@
 """Seconds of a weight publish from Megatron to an SGLang server on the same GPU, against SGLang's plain per-tensor path.
 
-A random model of Qwen3-8B's shape (16.4 GB in bfloat16): Megatron's chunks here, a server with its own random weights there. Ours
-is `SGLangEngine.load_weights` from call to return, gather, flush and version label included. Peers are /update_weights_from_tensor
-with every tensor by its own handle, all of them in one call (what `sglang.Engine.update_weights_from_tensor` does) and one call a
-tensor, with the same gather and flush. Before timing, the first publish is checked by checksums around noise; after it, each side
-must leave the server with the same checksums. The limit of each row is its target, 0.5 s for 16 GB, scaled by size. Unattended:
+A random model of Qwen3-8B's shape (16.4 GB in bfloat16): Megatron's chunks here, a server with its own random weights there.
+Ours is `SGLangEngine.load_weights` from call to return: gather, flush and version label included. Peers are
+/update_weights_from_tensor with every tensor by its own handle, all of them in one call (what `sglang.Engine` does) and one call
+a tensor, with the same gather and flush. The first publish is checked by checksums around noise; every side must leave the server
+with the same checksums. The limit of a row is its target, 0.5 s for 16 GB, scaled by size; for memory, two buckets. Unattended:
 
     python benchmarks/weight_publish.py [--out DIR] [--layers 36] [--seconds 150]     # one GPU, 45 GB of its memory
     python benchmarks/weight_publish.py --small --out DIR                              # no numbers worth reading: on a CPU
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from gpu_timing import Clock, machine_ceilings, percentiles, show, synchronize
 from result_file import FOLDER, Row, write_result
-from served_model import Lap, Setup, attempt, fill_at_random, megatron_of_one, open_server, prepare, weight_bytes
+from served_model import GPUMemory, Lap, Setup, attempt, fill_at_random, megatron_of_one, open_server, prepare, weight_bytes
 
 from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_http import SGLangClient
@@ -66,7 +66,7 @@ class Bench:
         await self._plainly([list(hf.export(self.chunks))])
 
     async def call_a_tensor(self) -> None:
-        await self._plainly(([named] for named in hf.export(self.chunks)))
+        await self._plainly([named] for named in hf.export(self.chunks))
 
     async def _plainly(self, calls: Iterable[list[tuple[str, torch.Tensor]]]) -> None:
         await self.client.post("/flush_cache?timeout=30", None)
@@ -172,40 +172,28 @@ async def bucket_sizes(bench: Bench) -> None:
 
 
 async def memory(bench: Bench) -> None:
-    """Peak of what this process allocated beside the weights, in buckets of the default size."""
-    if bench.setup.device.type != "cuda":
-        return
-    torch.cuda.empty_cache()
-    before, free_before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-    torch.cuda.reset_peak_memory_stats()
-    lowest, watching = free_before, True
+    """Peak of what this process allocated beside the weights, against two buckets."""
+    gpu = GPUMemory(bench.setup.device)
+    gpu.reset_peak()
+    before, free, lowest, watching = gpu.allocated, gpu.free, gpu.free, True
 
     async def watch() -> None:  # what the server needs shows in the GPU's free memory only
         nonlocal lowest
         while watching:
-            lowest = min(lowest, torch.cuda.mem_get_info()[0])
+            lowest = min(lowest, gpu.free)
             await asyncio.sleep(0.002)
 
     watcher = asyncio.create_task(watch())
     await bench.ours()
     watching = False
     await watcher
-    peak = torch.cuda.max_memory_allocated() - before
-    largest = max(t.numel() * t.element_size() for bucket in hf.export_buckets(bench.chunks, bench.bucket_bytes) for _, t in bucket)
-    print(f"least free memory fell by {(free_before - lowest) / 1e9:.2f} GB, both processes, as sampled", flush=True)
-    bench.add(
-        Row(
-            f"peak memory beside the weights; a bucket is {bench.bucket_bytes / 1e9:.2f} GB, the largest tensor {largest / 1e9:.2f} GB",
-            "GB",
-            round(peak / 1e9, 3),
-            None,
-            None,
-            round(2 * bench.bucket_bytes / 1e9, 3),
-            None,
-            round(2 * bench.bucket_bytes / max(peak, 1), 3),
-            {},
-        )
-    )
+    peak = gpu.peak - before
+    print(f"least free memory fell by {(free - lowest) / 1e9:.2f} GB, both processes, as sampled", flush=True)
+    largest = max(tensor.numel() * tensor.element_size() for _, tensor in hf.export(bench.chunks)) / 1e9
+    gb = bench.bucket_bytes / 1e9
+    case = f"peak memory beside the weights; a bucket is {gb:.2f} GB, the largest tensor {largest:.2f} GB"
+    ratio = round(2e9 * gb / peak, 3) if peak else None
+    bench.add(Row(case, "GB", round(peak / 1e9, 3), None, None, round(2 * gb, 3), None, ratio, {}))
 
 
 async def steps(bench: Bench) -> dict[str, float]:
@@ -249,14 +237,16 @@ async def breakdown(bench: Bench) -> None:
 
 async def measure(setup: Setup, clock: Clock, out: Path, ceilings: dict[str, float]) -> dict[str, str]:
     """Every case for which there is time, the claim first; the result is written after each."""
-    print(f"[{clock.seconds - clock.left:5.1f} s] starting the server", flush=True)
+    clock.tell("starting the server")
     async with open_server(setup) as (engine, client):
-        print(f"[{clock.seconds - clock.left:5.1f} s] building Megatron's model", flush=True)
+        clock.tell("building Megatron's model")
         with megatron_of_one(setup.config):
             chunks = build_model(setup.config, setup.model)
             fill_at_random(chunks, seed=1)
             bench = Bench(setup, chunks, engine, client, clock, out, ceilings)
-            print(f"[{clock.seconds - clock.left:5.1f} s] first publish, checked; {weight_bytes(chunks) / 1e9:.2f} GB", flush=True)
+            print(
+                f"[{clock.seconds - clock.left:5.1f} s] first publish, checked; {weight_bytes(chunks) / 1e9:.2f} GB", flush=True
+            )
             await bench.ours()
             await compare(bench)
             for what, needed, case in (("memory", 3, memory), ("step by step", 8, breakdown), ("buckets", 5, bucket_sizes)):

@@ -123,9 +123,7 @@ class PhaseMemory:
 class _Storages:
     """The distinct storages of some tensors, and one slab on the host that holds them all."""
 
-    def __init__(
-        self, tensors: Iterable[torch.Tensor], known: set[int], device: torch.device, *, is_kept: bool = True
-    ) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], known: set[int], device: torch.device, *, is_kept: bool = True) -> None:
         """known: storages that other parts have; ours are added."""
         self._bytes: list[torch.Tensor] = []  # uint8, each a whole storage
         for tensor in tensors:
