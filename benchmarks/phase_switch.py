@@ -1,11 +1,11 @@
 """Seconds and memory of the turns that an SGLang server and Megatron take on one GPU, as in a run (`serving_sglang.py`).
 
-A random model with layers of Qwen3-8B's shape on both sides: parameters in bfloat16, main weights and gradients in float32 at the
-trainer (10 bytes a parameter), a server with half the GPU. Nothing is trained in between. Train to rollout: gradients freed, main
-weights to pinned memory, the server's weights resumed, published, parameters to pinned memory meanwhile, KV cache resumed. Rollout
-to train: server released, everything back. The targets are 2 s and 1 s at 36 layers, scaled by size for fewer; of a copy the limit
-is one contiguous copy of as many bytes into pinned memory. Afterwards the trainer's state is checked to the bit. The default of
-28 layers (66 GB of state) fits a GPU of 80 GB; one of 141 GB takes --layers 36. Unattended:
+A random model with layers of Qwen3-8B's shape on both sides: the trainer holds parameters in bfloat16, main weights and gradients
+in float32 (10 bytes a parameter), the server half the GPU. Nothing is trained in between. Train to rollout: gradients freed, main
+weights to pinned memory, the server's weights resumed, published while the parameters are copied to pinned memory, KV cache
+resumed. Rollout to train: server released, everything back. The targets are 2 s and 1 s at 36 layers, scaled by size for fewer;
+of a copy the limit is one contiguous copy of as many bytes into pinned memory. At the end the trainer's state is checked to the
+bit. The default of 28 layers (66 GB of state) fits a GPU of 80 GB; one of 141 GB takes --layers 36. Unattended:
 
     python benchmarks/phase_switch.py [--out DIR] [--layers 28] [--rounds 6]          # one GPU, 45 GB of the host's memory
     python benchmarks/phase_switch.py --small --out DIR                               # no numbers worth reading: on a CPU

@@ -88,7 +88,7 @@ def prepare(folder: Path, *, small: bool, layers: int, overrides: Sequence[str],
         [
             f"model.folder={model_folder}",
             f"run.folder={folder / 'run'}",
-            f"model.dtype={'float32' if small else 'bfloat16'}",
+            "model.dtype=bfloat16",
             f"rollout.sglang.server_arguments={json.dumps(server_arguments)}",
             *overrides,
         ],
