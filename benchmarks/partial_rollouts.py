@@ -245,7 +245,7 @@ async def measure(setup: Setup, workload: Workload, clock: Clock, out: Path, spe
         if mine:
             curves["versions_behind"] = mine.versions_behind
             print(f"  trained tokens lie {mean(mine.versions_behind):.2f} versions behind on average", flush=True)
-        packages = ["torch", "httpx"] if setup.small else ["torch", "sglang", "httpx"]
+        packages = ["torch", "aiohttp"] if setup.small else ["torch", "sglang", "aiohttp"]
         write_result("partial_rollouts", rows, ceilings={}, packages=packages, curves=curves, device=setup.device, folder=out)
 
     clock.tell("starting the server")

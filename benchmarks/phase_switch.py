@@ -131,7 +131,7 @@ def measure(setup: Setup, runner: asyncio.Runner, clock: Clock, out: Path, round
         serving.close()
     rows = bench.rows()
     show(rows)
-    packages = ["torch", "httpx"] if setup.small else ["torch", "sglang", "httpx", "megatron-core"]
+    packages = ["torch", "aiohttp"] if setup.small else ["torch", "sglang", "aiohttp", "megatron-core"]
     write_result("phase_switch", rows, ceilings=ceilings, packages=packages, device=setup.device, folder=out)
 
 

@@ -88,7 +88,7 @@ class Bench:
             "weight_publish",
             self.rows,
             ceilings=self.ceilings,
-            packages=["torch", "httpx"] if self.setup.small else ["torch", "sglang", "httpx", "megatron-core"],
+            packages=["torch", "aiohttp"] if self.setup.small else ["torch", "sglang", "aiohttp", "megatron-core"],
             device=self.setup.device,
             folder=self.out,
         )

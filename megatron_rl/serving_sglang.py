@@ -28,6 +28,7 @@ from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.engines.sglang import Serialize, SGLangEngine, load_weights
 from megatron_rl.rollout.engines.sglang_compat import cuda_ipc_serializer
+from megatron_rl.rollout.engines.sglang_kv import KeepOnServer
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, sglang_program
 from megatron_rl.rollout.engines.sglang_supervisor import SupervisedEngine
 from megatron_rl.training.parallel import Launch
@@ -73,7 +74,7 @@ class SGLangServing:
             for i in range(settings.engines):
                 name = f"sglang-{i}"
                 server = ServerProcess(config, name=name, index=i, program=program or sglang_program())
-                connect = partial(self._connect, name=name)
+                connect = partial(self._connect, name=name, server=server)
                 self._supervised.append(SupervisedEngine(server, connect, max_restarts=settings.max_restarts, export=mended))
             try:
                 runner.run(_all(engine.start() for engine in self._supervised))
@@ -135,7 +136,7 @@ class SGLangServing:
             self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
 
     def leave_kv(self, *, for_next_start: bool) -> None:
-        """Nothing: a server's KV is not kept, see `capabilities`."""
+        """Nothing: what a server keeps ends with it."""
 
     def close(self) -> None:
         self._runner.run(_all([*(e.close() for e in self._supervised), *(e.close() for e in self._given)]))
@@ -178,10 +179,18 @@ class SGLangServing:
                 if self._memory:
                     _wait_for_all_ranks()
 
-    async def _connect(self, url: str, *, name: str) -> SGLangEngine:
-        silence_s = self._config.rollout.request_timeout_s
+    async def _connect(self, url: str, *, name: str, server: ServerProcess | None = None) -> SGLangEngine:
+        """server: the process that answers there, if it is ours."""
+        rollout = self._config.rollout
+        keep = KeepOnServer(server.plugin_folder, rollout.max_kv_age) if server and server.plugin_folder else None
         return await SGLangEngine.connect(
-            url, self._model, self._config.rollout.sglang, name=name, silence_s=silence_s, serialize=self._serialize
+            url,
+            self._model,
+            rollout.sglang,
+            name=name,
+            silence_s=rollout.request_timeout_s,
+            serialize=self._serialize,
+            keep=keep,
         )
 
 

@@ -164,7 +164,7 @@ def test_what_is_asked_of_the_server(folder):
     ids = [body["rid"] for body in bodies]
     assert len({len(rid) for rid in ids}) == 1 and len(set(ids)) == len(ids), "of one length: no id begins with another"
     first = bodies[0]
-    assert first["return_logprob"] and first["logprob_start_len"] == -1 and first["extra_key"] == "0/p"
+    assert first["return_logprob"] and first["logprob_start_len"] == -1 and first["extra_key"] == "0/0/p"
     assert first["sampling_params"]["top_k"] == -1 and first["sampling_params"]["stop_token_ids"] == [4]
     assert bodies[0]["sampling_params"]["sampling_seed"] != bodies[1]["sampling_params"]["sampling_seed"]
     assert (again.cached_tokens, other.cached_tokens) == (8, 0)

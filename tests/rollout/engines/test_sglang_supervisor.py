@@ -31,7 +31,7 @@ def settings(folder, run_folder, **options):
     """What a server is started from; only these sections are read."""
     sglang = SGLangConfig(**{"ready_timeout_s": 50, **options})
     return SimpleNamespace(
-        rollout=SimpleNamespace(sglang=sglang),
+        rollout=SimpleNamespace(sglang=sglang, kv_policy="recompute"),
         model=SimpleNamespace(folder=folder, dtype="float32"),
         run=SimpleNamespace(folder=run_folder, seed=0),
     )
