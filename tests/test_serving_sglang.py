@@ -33,7 +33,8 @@ def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkey
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row]
     assert len(trained) >= 2 and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in trained)
-    assert all(row["time/release_s"] > 0 and row["time/resume_s"] > 0 for row in trained)
+    turns = ("release", "onload", "offload", "resume")
+    assert all(row[f"time/{turn}_s"] > 0 for row in trained for turn in (*turns, "publish"))
     log = (tmp_path / "run" / "log" / "sglang-0.log").read_text()
     assert log.count("--model-path") == 2, "started twice: it died once"
     buffer = ReplayBuffer(tmp_path / "run" / "buffer.sqlite", read_only=True)

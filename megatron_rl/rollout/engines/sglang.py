@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -57,7 +58,7 @@ class SGLangEngine:
         self._check: WeightCheck | None = None
         self._context_tokens = model.max_positions
         self._num_ranks = config.tensor_parallel
-        self._numbers = itertools.count()
+        self._id, self._numbers = secrets.token_hex(4), itertools.count()  # of its requests
         self._slots = asyncio.Semaphore(config.max_concurrent)
         self._calls: dict[str, Call] = {}  # request id -> those not ended
         self._insisting: set[asyncio.Task[None]] = set()
@@ -95,8 +96,8 @@ class SGLangEngine:
     async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Chunk, None]:
         self._refuse(requests)
         origin = self._kv.origin if self._kv else fresh
-        interval = self._config.stream_interval
-        calls = [Call(r, next(self._numbers), self._context_tokens, interval, origin(r)) for r in requests]
+        context, interval = self._context_tokens, self._config.stream_interval
+        calls = [Call(r, self._id, next(self._numbers), context, interval, origin(r)) for r in requests]
         self._calls |= {call.rid: call for call in calls}
         queue: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()  # holds at most what the requests may generate
         tasks = [asyncio.create_task(self._run(call, queue)) for call in calls]

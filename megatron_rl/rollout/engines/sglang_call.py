@@ -26,12 +26,19 @@ class Call:
     """State of one request. `rid` has a fixed length: a server aborts all requests whose id begins with the one named."""
 
     def __init__(
-        self, request: Request, number: int, context_tokens: int, stream_interval: int, origin: Origin | None = None
+        self,
+        request: Request,
+        client: str,
+        number: int,
+        context_tokens: int,
+        stream_interval: int,
+        origin: Origin | None = None,
     ) -> None:
-        """number: unique among the calls of this engine; context_tokens: the server's context [tokens]; origin: of KV that may
+        """client: of fixed length, unlike that of any other who asks this server, whose requests may still run there;
+        number: unique among the calls of this client; context_tokens: the server's context [tokens]; origin: of KV that may
         be found, by default that of the request's own weights."""
         self.request, self.origin = request, origin or fresh(request)
-        self.rid = f"{request.trajectory_id:012d}-{number:010d}"
+        self.rid = f"{request.trajectory_id:012d}-{client}-{number:010d}"
         self.num_received = 0
         self.num_cached: int | None = None  # context tokens that the server found in its cache; None: it has not said so
         self.made: list[np.ndarray] = []  # int32 [tokens] of each chunk

@@ -18,7 +18,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from megatron_rl.config import Config, SGLangConfig
 from megatron_rl.errors import EngineError
@@ -144,13 +144,14 @@ class ServerProcess:
         return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     async def _ready(self) -> None:
-        async with httpx.AsyncClient(base_url=self.url, timeout=30.0, trust_env=False) as client:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30.0)) as session:
             while True:
                 if not self.is_running:
                     raise EngineError(f"engine {self.name}: the server {self.epitaph()}")
-                with suppress(httpx.TransportError):
-                    if (await client.get("/health_generate")).status_code == 200:
-                        return
+                with suppress(aiohttp.ClientError, TimeoutError):
+                    async with session.get(f"{self.url}/health_generate") as response:
+                        if response.status == 200:
+                            return
                 await asyncio.sleep(_POLL_S)
 
     def epitaph(self) -> str:

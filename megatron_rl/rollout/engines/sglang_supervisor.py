@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import AbstractContextManager, aclosing, suppress
 from dataclasses import fields, replace
 
 import numpy as np
@@ -42,10 +42,10 @@ class SupervisedEngine:
         connect: Callable[[str], Awaitable[SGLangEngine]],
         *,
         max_restarts: int,
-        export: Callable[[], Buckets] | None,
+        export: Callable[[], AbstractContextManager[Buckets]] | None,
     ) -> None:
-        """connect: an engine for the server at a URL. export: the trainer's weights at any time; None if it has to be asked
-        collectively. Not started: see `start`."""
+        """connect: an engine for the server at a URL. export: the trainer's weights at any time, valid inside; None if it has
+        to be asked collectively. Not started: see `start`."""
         self.name = server.name
         self.num_restarts = 0
         self._server, self._connect, self._export, self._max_restarts = server, connect, export, max_restarts
@@ -167,7 +167,8 @@ class SupervisedEngine:
                 if self._export is None:
                     await fresh.adopt(self.weight_version)  # version 0 is the model folder, which the server has read
                 else:
-                    await fresh.load_weights(self._export(), self.weight_version)
+                    with self._export() as buckets:
+                        await fresh.load_weights(buckets, self.weight_version)
             self._engine = fresh
 
     def _ending_in_absence(self, progress: _Progress) -> Ending | None:

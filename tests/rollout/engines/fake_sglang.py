@@ -17,7 +17,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,9 @@ class FakeSGLang:
         if len(ids) + params["max_new_tokens"] > limit or len(ids) > limit - 6:
             yield {"error": {"message": f"{len(ids)} tokens exceed the context length {limit}", "code": 400}}
             return
+        if rid in self._running:
+            yield {"error": {"message": f"Duplicate request ID detected: {rid}", "code": 400}}
+            return
         if self.released:
             raise self.die("CUDA error: an illegal memory access was encountered")
         await self._load()
@@ -176,15 +179,15 @@ class FakeSGLang:
                 self._is_loaded = True
 
     async def _on_update_weights_from_tensor(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
-        assert body["load_format"] == "flattened_bucket" and len(body["serialized_named_tensors"]) == 1
+        assert body["load_format"] in (None, "flattened_bucket") and len(body["serialized_named_tensors"]) == 1
         payload = torch.load(io.BytesIO(base64.b64decode(body["serialized_named_tensors"][0])), weights_only=True)
-        for name, shape, dtype, start, stop in payload["metadata"]:
+        for name, tensor in payload["named_tensors"] if body["load_format"] is None else _views(payload):
             held = self.weights.get(name)
-            if held is None or tuple(held.shape) != tuple(shape):
+            if held is None or held.shape != tensor.shape:
                 found = None if held is None else list(held.shape)
-                return 400, {"success": False, "message": f"{name}: loaded {list(shape)}, the parameter has {found}"}
+                return 400, {"success": False, "message": f"{name}: loaded {list(tensor.shape)}, the parameter has {found}"}
             if name not in self.ignored_tensors:
-                self.weights[name] = payload["flattened_tensor"][start:stop].view(getattr(torch, dtype)).view(shape).clone()
+                self.weights[name] = tensor.clone()
         self._is_loaded = False
         if body["flush_cache"] and not self._flush():
             raise self.die("Cache flush failed after updating weights")
@@ -243,6 +246,12 @@ class FakeSGLang:
 
     async def _on_health_generate(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
         return 200, None
+
+
+def _views(payload: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a flattened bucket."""
+    for name, shape, dtype, start, stop in payload["metadata"]:
+        yield name, payload["flattened_tensor"][start:stop].view(getattr(torch, dtype)).view(shape)
 
 
 async def main(arguments: list[str]) -> None:
