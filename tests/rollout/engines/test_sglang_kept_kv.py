@@ -222,7 +222,12 @@ def test_a_server_without_the_plugin_or_that_it_cannot_work_in_is_refused_at_the
             with pytest.raises(EngineGoneError, match="KV plugin of rank 0 does not answer .*FileNotFoundError.* SGLANG_PLUGINS"):
                 await connect(s.url, folder, keep=keep)
             for host_bytes, spoil, message in [
-                (1 << 20, lambda scheduler: setattr(scheduler.tree_cache, "disable", True), "RadixCache, switched off; see"),
+                (
+                    1 << 20,
+                    lambda scheduler: setattr(scheduler.tree_cache, "disable", True),
+                    "switched on, found RadixCache; see rollout.sglang.server_arguments",
+                ),
+                (1 << 20, lambda scheduler: setattr(scheduler, "tree_cache", object()), "switched on, found object;"),
                 (1 << 20, lambda scheduler: setattr(scheduler.ps, "pp_size", 2), "pipeline or data parallelism cannot keep KV"),
                 (TOKEN_BYTES - 1, lambda scheduler: None, "kv_store.host_bytes: 63 bytes for each rank"),
             ]:
