@@ -164,7 +164,7 @@ def test_under_new_weights_kept_kv_is_really_used_and_a_second_phase_copies_only
     run(scenario())
 
 
-def test_requests_that_need_the_whole_pool_evict_kept_kv_and_the_server_says_so(opened, folder):  # noqa: F811
+def test_kept_kv_that_is_gone_when_it_is_asked_for_is_computed_again_and_the_server_lives_on(opened, folder):  # noqa: F811
     """After a flush that the engine has not heard of, which is what eviction of everything looks like."""
 
     async def scenario():

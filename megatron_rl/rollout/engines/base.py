@@ -6,7 +6,7 @@ trajectory the scheduler gives it a small `max_new_tokens`, or aborts it.
 
 Life of a request: generate -> Chunk* -> one last Chunk with an `ending`. A chunk may be empty. An aborted request still
 yields the tokens it made, with ending `abort`. Weights change only while no request runs.
-Implementations: `embedded/` (torch, in process), `remote.py` (another rank's engine over a socket).
+Implementations: `embedded/` (torch, in process), `remote.py` (another rank's engine over a socket), `sglang.py` (a server).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from megatron_rl.rollout.engines import wire
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.sglang_kv import KeepOnServer, ServerKV
 from megatron_rl.rollout.engines.sglang_plugin.cache import PrefixCache
-from megatron_rl.rollout.engines.sglang_plugin.install import PluginSettings, install, socket_path
+from megatron_rl.rollout.engines.sglang_plugin.install import PluginSettings, socket_path
 from megatron_rl.rollout.engines.sglang_plugin.plugin import KVPlugin
 from megatron_rl.rollout.engines.sglang_plugin.store import CachedPages, PageStore
 
@@ -174,7 +174,7 @@ def test_kv_is_saved_only_while_no_request_runs(folder):
     run(scenario())
 
 
-def test_ranks_that_do_not_agree_keep_nothing(tmp_path):
+def test_ranks_that_do_not_agree_keep_nothing():
     """Two ranks of one server; the second has less room on its device."""
 
     async def scenario():
@@ -215,12 +215,11 @@ def test_ranks_that_do_not_agree_keep_nothing(tmp_path):
     run(scenario())
 
 
-def test_a_server_without_the_plugin_or_that_it_cannot_work_in_is_refused_at_the_start(folder):
+def test_a_server_without_the_plugin_or_that_it_cannot_work_in_is_refused_at_the_start(folder, tmp_path):
     async def scenario():
         async with fake_server(folder) as s:
-            keep = KeepOnServer(install(1 << 20, "none"), 1)
             with pytest.raises(EngineGoneError, match="KV plugin of rank 0 does not answer .*FileNotFoundError.* SGLANG_PLUGINS"):
-                await connect(s.url, folder, keep=keep)
+                await connect(s.url, folder, keep=KeepOnServer(tmp_path, 1))
             for host_bytes, spoil, message in [
                 (
                     1 << 20,

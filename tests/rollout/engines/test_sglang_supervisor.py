@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import asynccontextmanager, closing, nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +16,10 @@ import pytest
 from engine_scenarios import collect, prompt, request, run, save_random_model
 from sglang_scenarios import connect, fake_server
 
-from megatron_rl.config import SGLangConfig
+from megatron_rl.config import KVStoreConfig, SGLangConfig
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.engines.embedded.weights import read_folder
+from megatron_rl.rollout.engines.sglang_kv import KeepOnServer
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, arguments, choose_port
 from megatron_rl.rollout.engines.sglang_supervisor import SupervisedEngine
 from megatron_rl.types import Ending
@@ -27,11 +27,11 @@ from megatron_rl.types import Ending
 PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_sglang.py")))
 
 
-def settings(folder, run_folder, **options):
+def settings(folder, run_folder, *, kv_policy="recompute", **options):
     """What a server is started from; only these sections are read."""
     sglang = SGLangConfig(**{"ready_timeout_s": 50, **options})
     return SimpleNamespace(
-        rollout=SimpleNamespace(sglang=sglang, kv_policy="recompute"),
+        rollout=SimpleNamespace(sglang=sglang, kv_policy=kv_policy, kv_store=KVStoreConfig(host_bytes=1 << 20)),
         model=SimpleNamespace(folder=folder, dtype="float32"),
         run=SimpleNamespace(folder=run_folder, seed=0),
     )
@@ -50,7 +50,11 @@ def folder(tmp_path):
 @asynccontextmanager
 async def supervised(folder, run_folder, *, export=None, max_restarts=1, version=0, **options):
     server = process(folder, run_folder, **options)
-    engine = SupervisedEngine(server, partial(connect, folder=folder), max_restarts=max_restarts, export=export)
+
+    async def connect_here(url):
+        return await connect(url, folder, keep=KeepOnServer(server.plugin_folder, 1) if server.plugin_folder else None)
+
+    engine = SupervisedEngine(server, connect_here, max_restarts=max_restarts, export=export)
     try:
         await engine.start()
         if export is None:
@@ -107,6 +111,29 @@ def test_newer_weights_that_other_ranks_would_have_to_export_end_the_run_with_ad
 
     with pytest.raises(EngineError, match=r"start the same command again, nothing is lost"):
         run(scenario())
+
+
+def test_kv_dies_with_its_server_and_the_next_one_keeps_it_again(folder, tmp_path):
+    async def scenario():
+        async with supervised(folder, tmp_path / "run", kv_policy="keep") as engine:
+            assert engine.capabilities.kv_snapshot
+            await collect(engine, [request(0, prompt(0, 9), 6)])
+            (snapshot,) = await engine.snapshot_kv([0])
+            first_folder, num_bytes = engine._server.plugin_folder, (await engine.kv_usage()).snapshot_bytes
+            os.kill(engine._server.pid, signal.SIGKILL)
+            assert await engine.restore_kv([snapshot]) == [True], "it is on the device, as far as anybody knows"
+            await engine.health()
+            assert engine.num_restarts == 1 and not first_folder.exists()
+            assert await engine.restore_kv([snapshot]) == [False] and await engine.snapshot_kv([0]) == []
+            chunk = (await collect(engine, [request(0, prompt(0, 9), 6)]))[0]
+            assert (chunk.cached_tokens, chunk.kv_versions.tolist()) == (0, [0] * 6)
+            assert len((await engine.snapshot_kv([0]))[0].token_ids) == 14
+            usage = await engine.kv_usage()
+            assert usage.snapshot_bytes == 2 * num_bytes > 0, "of both servers"
+            os.kill(engine._server.pid, signal.SIGKILL)
+            assert await engine.snapshot_kv([0]) == [], "a dead server keeps nothing, and that is no reason to stop"
+
+    run(scenario())
 
 
 def test_an_end_before_readiness_is_one_error_with_the_log_and_a_remedy(folder, tmp_path):
