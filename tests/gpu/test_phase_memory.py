@@ -33,7 +33,8 @@ def test_memory_goes_to_others_and_the_same_bits_come_back(trainer):
     memory = PhaseMemory(trainer.chunks, trainer.optimizer)
     weights = [p.detach() for chunk in trainer.chunks for p in chunk.parameters()] + trainer.optimizer.main_weights
     before = [w.detach().cpu() for w in weights]
-    weights[0].untyped_storage()._share_cuda_()  # as a publish leaves it whose receiver has let go
+    shared = weights[0].untyped_storage()._share_cuda_()  # as a publish does, and its receiver lets go
+    torch.UntypedStorage._release_ipc_counter(*shared[4:6], device=weights[0].device)
     torch.cuda.ipc_collect()
     allocated = torch.cuda.memory_allocated()
     for _ in range(3):
