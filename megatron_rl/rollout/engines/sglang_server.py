@@ -57,6 +57,7 @@ def arguments(config: Config, port: int, index: int) -> list[str]:
         "sampling_backend": s.sampling_backend,
         "enable_deterministic_inference": s.deterministic,
         "random_seed": config.run.seed,
+        "log_level_http": "warning",  # a line a request costs time and says nothing
         **s.server_arguments,
     }
     return [word for name, value in values.items() for word in _flag(name, value)]
