@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 class Zygote:
     def __init__(self, limit_s: int) -> None:
         """limit_s: a fork that lives longer is ended by SIGALRM."""
-        self._limit_s, self._num_jobs = limit_s, 0
+        self._limit_s = limit_s
         command = [sys.executable, "-W", "ignore", "-m", "tests.zygote"]
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -32,9 +32,7 @@ class Zygote:
         returned (None is 0), 1 after an exception, minus the signal's number if one ended it. Arguments that are neither
         numbers, lists, dicts nor None come as text. What the fork prints, its traceback too, is in `log`."""
         assert self._process.stdin and self._process.stdout
-        self._num_jobs += 1
         job = {
-            "number": self._num_jobs,
             "module": function.__module__,
             "name": function.__name__,
             "arguments": arguments,
@@ -43,11 +41,9 @@ class Zygote:
         }
         self._process.stdin.write(json.dumps(job, default=str) + "\n")
         self._process.stdin.flush()
-        for answer in self._process.stdout:  # that of an earlier job is here too, if its test gave up waiting
-            number, code = map(int, answer.split())
-            if number == self._num_jobs:
-                return code
-        raise AssertionError("the zygote died")
+        answer = self._process.stdout.readline()
+        assert answer, "the zygote died"
+        return int(answer)
 
     def close(self) -> None:
         assert self._process.stdin
@@ -78,12 +74,11 @@ def main() -> None:
         importlib.import_module(module)
     sys.modules["torch"].set_num_threads(1)
     for line in sys.stdin:
-        job = json.loads(line)
         child = os.fork()
         if child == 0:
-            run_job(job)
+            run_job(json.loads(line))
         _, status = os.waitpid(child, 0)
-        print(job["number"], os.waitstatus_to_exitcode(status), flush=True)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":
