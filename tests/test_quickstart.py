@@ -27,7 +27,7 @@ def test_quickstart_leaves_a_better_model_a_report_and_a_whole_buffer(tmp_path: 
         f"model.folder={tmp_path / 'model'}",
         f"data.path={tmp_path / 'task.jsonl'}",
         f"run.folder={tmp_path / 'run'}",
-        "run.iterations=60",
+        "run.iterations=45",
         "run.threads=1",
     ]
     run("-m", "megatron_rl", "train", "examples/quickstart/config.yaml", *settings)
