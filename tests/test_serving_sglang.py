@@ -27,10 +27,12 @@ def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkey
     monkeypatch.setattr(run, "SGLangServing", served_by_fake)
     recipe = write_recipe(tmp_path, iterations=3)
     fault = "rollout.sglang.server_arguments={fake_fault: 30}"
-    config = configuration.load(recipe, [f"run.folder={tmp_path / 'run'}", "rollout.engine=sglang", fault])
+    evaluated = ["data.held_out=4", "evaluation.every=2", "evaluation.samples=2", "evaluation.temperature=1"]
+    config = configuration.load(recipe, [f"run.folder={tmp_path / 'run'}", "rollout.engine=sglang", fault, *evaluated])
     assert loop.train(config) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row]
+    assert [row["iteration"] for row in rows if "eval/held_out/pass@2" in row] == [0, 2, 3]
     assert len(trained) >= 2 and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in trained)
     assert all(row["time/release_s"] > 0 and row["time/resume_s"] > 0 for row in trained)
     log = (tmp_path / "run" / "log" / "sglang-0.log").read_text()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_rl.config.sections import AlgorithmConfig, Config, DataConfig, RewardsConfig, RolloutConfig
+from megatron_rl.config.sections import AlgorithmConfig, Config, DataConfig, EvaluationConfig, RewardsConfig, RolloutConfig
 from megatron_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,15 +63,34 @@ def check(c: Config) -> None:
     _check_data(c.data)
     _check_rewards(c.rewards)
     _check_algorithm(c.algorithm)
+    if c.evaluation.every:
+        _check_evaluation(c.evaluation, c.data.held_out)
     if r.engine == "sglang":
         _check_sglang(r)
 
 
 def _check_data(d: DataConfig) -> None:
-    if d.source == "reasoning_gym" and not d.task:
-        raise ConfigError("data.task: required when data.source is reasoning_gym, e.g. basic_arithmetic")
+    if d.source == "reasoning_gym" and not (d.task or d.set):
+        raise ConfigError("data.task: required when data.source is reasoning_gym, e.g. basic_arithmetic; or give data.set")
+    if d.set and (d.source != "reasoning_gym" or d.task or d.task_options):
+        raise ConfigError(
+            f"data.set={d.set}: gives reasoning_gym's task and its options; set data.source to reasoning_gym, and leave "
+            "data.task and data.task_options out"
+        )
     if d.source != "reasoning_gym" and d.path is None:
         raise ConfigError(f"data.path: required when data.source is {d.source}")
+
+
+def _check_evaluation(e: EvaluationConfig, held_out: int) -> None:
+    if not e.sets or len(set(e.names)) < len(e.sets):
+        raise ConfigError(f"evaluation.sets={list(e.sets)}: needs at least one, and no name twice; the names are {e.names}")
+    if "held_out" in e.sets and not held_out:
+        raise ConfigError("evaluation.sets: held_out is empty with data.held_out=0; set that, or name other sets")
+    if e.samples > 1 and not e.temperature:
+        raise ConfigError(
+            f"evaluation.samples={e.samples}: greedy responses to one prompt are all the same; set evaluation.temperature above "
+            "0, or samples to 1"
+        )
 
 
 def _check_rewards(r: RewardsConfig) -> None:
@@ -189,8 +208,10 @@ def check_model(c: Config, model: ModelConfig) -> None:
             f"rollout.kv_store.host_bytes={r.kv_store.host_bytes}: one KV page of this model takes {page_bytes} bytes; "
             "raise it, or set rollout.kv_policy=recompute"
         )
-    if c.data.max_prompt_tokens + r.max_response_tokens > model.max_positions:
-        raise ConfigError(
-            f"data.max_prompt_tokens={c.data.max_prompt_tokens} + rollout.max_response_tokens={r.max_response_tokens}: "
-            f"more than the model's context of {model.max_positions}; lower one"
-        )
+    lengths = {"rollout.max_response_tokens": r.max_response_tokens, "evaluation.max_tokens": c.evaluation.max_tokens}
+    for key, tokens in lengths.items():
+        if tokens and c.data.max_prompt_tokens + tokens > model.max_positions:
+            raise ConfigError(
+                f"data.max_prompt_tokens={c.data.max_prompt_tokens} + {key}={tokens}: "
+                f"more than the model's context of {model.max_positions}; lower one"
+            )

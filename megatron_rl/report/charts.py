@@ -22,12 +22,15 @@ Value = float | None
 
 @dataclass(frozen=True)
 class Line:
-    """One series over the chart's x values. `colour`: number of a page colour; `faint`: raw data behind its average."""
+    """One series over the chart's x values. `colour`: number of a page colour; `faint`: raw data behind its average;
+    `low`, `high`: an interval around each value, drawn as a band."""
 
     name: str
     values: Sequence[Value]
     colour: int = 0
     faint: bool = False
+    low: Sequence[Value] = ()
+    high: Sequence[Value] = ()
 
 
 def moving_average(values: Sequence[Value], window: int) -> list[Value]:
@@ -43,14 +46,14 @@ def line_chart(
     xs: Sequence[int], lines: Sequence[Line], *, floor: Value = None, ceiling: Value = None, height: int = HEIGHT
 ) -> str:
     """Lines over iterations. The y axis holds all values; `floor` and `ceiling` too, where given."""
-    present = [v for line in lines for v in line.values if v is not None]
+    present = [v for line in lines for v in (*line.values, *line.low, *line.high) if v is not None]
     if not present:
         return _nothing()
     low, high, ticks = _axis(min([*present, *_given(floor)]), max([*present, *_given(ceiling)]))
     x, y = _x_scale(xs), _y_scale(low, high, height)
     body = [_grid(ticks, y), _x_labels(xs, x, height)]
-    for line in lines:
-        body.append(_path(line, [x(i) for i in xs], y))
+    at = [x(i) for i in xs]
+    body += [_band(line, at, y) for line in lines] + [_path(line, at, y) for line in lines]
     body.append(_hits(xs, x, height, lambda i: _values_at(i, xs, lines)))
     return _svg("".join(body), height)
 
@@ -232,6 +235,15 @@ def _path(line: Line, xs: Sequence[float], y: Callable[[float], float]) -> str:
         points.append("h0.01")  # a lone point shows through its round line cap
     css = f"s{line.colour}" + (" faint" if line.faint else "")
     return f'<path class="line {css}" d="{"".join(points)}"/>'
+
+
+def _band(line: Line, xs: Sequence[float], y: Callable[[float], float]) -> str:
+    """The area between `low` and `high`, over the points that have both."""
+    both = [(x, low, high) for x, low, high in zip(xs, line.low, line.high, strict=False) if low is not None and high is not None]
+    if not both:
+        return ""
+    edge = [f"{x:.1f} {y(high):.1f}" for x, _, high in both] + [f"{x:.1f} {y(low):.1f}" for x, low, _ in reversed(both)]
+    return f'<path class="band f{line.colour}" d="M{"L".join(edge)}Z"/>'
 
 
 def _hits(xs: Sequence[int], x: Callable[[float], float], height: int, text: Callable[[int], str]) -> str:

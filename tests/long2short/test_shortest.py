@@ -74,7 +74,7 @@ def test_an_evaluation_holds_pass_at_k_and_the_vote_and_is_the_same_twice(config
 
 def test_prompts_without_answers_cannot_be_evaluated(config):
     exact = config.model_copy(update={"rewards": config.rewards.model_copy(update={"terms": ()})})
-    with pytest.raises(DataError, match="none of its 6 prompts has a reference answer.*fill the field `answer`"):
+    with pytest.raises(DataError, match="6 of its 6 prompts have no reference answer.*fill the field `answer`"):
         evaluate(exact, config.model.folder)
 
 
