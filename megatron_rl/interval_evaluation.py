@@ -36,6 +36,7 @@ class IntervalEvaluation:
         needs_own = any(s.rewards.terms != config.rewards.terms for s in self._sets)
         self._own = Scorer(ready_made_rewards(config.rewards), config.rollout.repetition.penalty) if needs_own else None
         self._work: asyncio.Task[dict[str, float]] | None = None
+        self._is_stopping = False
 
     def is_due(self, iteration: int) -> bool:
         """Before this iteration; after the last one, `iteration` is their number."""
@@ -45,12 +46,15 @@ class IntervalEvaluation:
         """`eval/<set>/*` of the weights that the engines hold; {} after `stop`.
 
         Raises EngineError for an engine that fails, or past rollout.phase_timeout_s."""
+        if self._is_stopping:
+            return {}
         self._work = asyncio.create_task(self._evaluate(engines))
         await asyncio.wait([self._work])
         return {} if self._work.cancelled() else self._work.result()
 
     def stop(self) -> None:
-        """On the event loop: leave off."""
+        """On the event loop: leave off, now and later."""
+        self._is_stopping = True
         if self._work is not None:
             self._work.cancel()
 
@@ -71,8 +75,8 @@ class IntervalEvaluation:
                 f"the evaluation of {', '.join(self._settings.names)} on {names} passed rollout.phase_timeout_s={limit_s:g}; "
                 "raise it, or lower evaluation.prompts, samples or max_tokens"
             ) from e
-        for engine in engines:
-            if engine.capabilities.kv_snapshot:  # its cache is as it was before, so what follows runs as it would have
+        if self._config.rollout.engine == "embedded":  # emptied, its cache has the room for kept KV that it would have had
+            for engine in engines:
                 await engine.release_memory(("kv_cache",))
                 await engine.resume_memory(("kv_cache",))
         return row

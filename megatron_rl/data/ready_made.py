@@ -61,7 +61,6 @@ READY_MADE: dict[str, ReadyMade] = {
     "time_intervals": ReadyMade("time_intervals", "durations between times and dates"),
     "knights_knaves": ReadyMade("knights_knaves", "who lies and who does not"),
     "syllogism": ReadyMade("syllogism", "whether a conclusion follows"),
-    "zebra_puzzles": ReadyMade("zebra_puzzles", "who lives where"),
     "family_relationships": ReadyMade("family_relationships", "how two people are related"),
     "self_reference": ReadyMade("self_reference", "statements about the statements' own truth"),
     "countdown": ReadyMade("countdown", "an expression that makes a number"),

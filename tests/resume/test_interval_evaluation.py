@@ -53,15 +53,13 @@ def scores(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def training(folder: Path) -> tuple[dict[int, Any], list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Every trajectory drawn, the metrics that time and memory do not enter, the weights at the end."""
+    """Every trajectory drawn, the weights at the end, and metrics but those that time enters, or the engine's log-probs: their
+    last bit depends on what was decoded together."""
     buffer = ReplayBuffer(folder / "buffer.sqlite", read_only=True)
-    found = {
-        t.id: (t.token_ids.tolist(), t.log_probs.tolist(), t.weight_versions.tolist())
-        for t in buffer.trajectories(range(3 * buffer.num_drawn))
-    }
+    found = {t.id: (t.token_ids.tolist(), t.weight_versions.tolist()) for t in buffer.trajectories(range(3 * buffer.num_drawn))}
     buffer.check()
     buffer.close()
-    left_out = ("eval/", "time/", "memory/")
+    left_out = ("eval/", "time/", "memory/", "mismatch/", "drift/")
     rows = [{k: v for k, v in row.items() if not k.startswith(left_out) and not k.endswith("_s")} for row in rows_of(folder)]
     return found, [r for r in rows if len(r) > 2], load_file(folder / "hf" / "model.safetensors")
 
