@@ -134,6 +134,16 @@ class SGLangConfig(Section):
     verify_weights: bool = setting(True, "checksum the first publish against what the server had read itself", ours=True)
 
 
+class TemperatureDecayConfig(Section):
+    end: float | None = setting(
+        None,
+        "temperature at the end of a linear decay from rollout.temperature (K2 3.2); none: constant",
+        gt=0,
+        ours=True,
+    )
+    iterations: Positive = setting(100, "iterations until it is reached; constant afterwards [iterations]", ours=True)
+
+
 class RolloutConfig(Section):
     engine: Literal["embedded", "sglang"] = setting("embedded", "what generates", ours=True)
     group_size: Positive = setting(8, "k: trajectories of one prompt drawn together", ours=True)
@@ -146,7 +156,8 @@ class RolloutConfig(Section):
     max_staleness: Positive = setting(
         8, "weight versions since a group's oldest loss-bearing token; beyond it the group is dropped", ours=True
     )
-    temperature: float = setting(1.0, "sampling temperature, also applied by the trainer", gt=0, ours=True)
+    temperature: float = setting(1.0, "sampling temperature; the trainer applies what each token was sampled at", gt=0, ours=True)
+    temperature_decay: TemperatureDecayConfig = setting(TemperatureDecayConfig(), "from exploring to exploiting")
     top_p: float = setting(1.0, "nucleus sampling; 1 is off", gt=0, le=1, ours=True)
     top_k: int = setting(0, "sample among the k best tokens; 0 is off", ge=0, ours=True)
     min_p: float = setting(0.0, "drop tokens below this share of the best one; 0 is off", ge=0, lt=1, ours=True)

@@ -27,6 +27,7 @@ class MicroBatch:
     sequence_ids: torch.Tensor  # int64 [loss_tokens]
     behaviour_log_probs: torch.Tensor  # float32 [loss_tokens]
     weight_versions: torch.Tensor  # int32 [loss_tokens]
+    temperatures: torch.Tensor  # float32 [loss_tokens]
     advantages: torch.Tensor  # float32 [sequences]
     weights: torch.Tensor  # float32 [sequences]
     trajectory_ids: np.ndarray  # int64 [sequences]
@@ -64,6 +65,7 @@ def prepare(packed: PackedBatch, index: int, place: Place) -> MicroBatch:
         sequence_ids=tensor(packed.sequence_ids[chosen]),
         behaviour_log_probs=tensor(packed.behaviour_log_probs[chosen]),
         weight_versions=tensor(packed.weight_versions[chosen]),
+        temperatures=tensor(packed.temperatures[chosen]),
         advantages=tensor(packed.advantages),
         weights=tensor(packed.weights),
         trajectory_ids=packed.trajectory_ids,

@@ -41,6 +41,7 @@ class Branch:
 class PackedBatch(packed_index.PackedIndex):
     """One micro-batch; `sequence_ids` index the per-sequence arrays."""
 
+    temperatures: np.ndarray  # float32 [loss_tokens]
     trajectory_ids: np.ndarray  # int64 [sequences]
     advantages: np.ndarray  # float32 [sequences]
     weights: np.ndarray  # float32 [sequences]
@@ -127,11 +128,19 @@ def _split(members: list[TrainingSequence], max_tokens: int, share_prompts: bool
     return [*pieces, _Piece(tuple(current), rows)]
 
 
+def _temperatures(sequence: TrainingSequence) -> np.ndarray:
+    """float32 [loss_tokens], in the order in which the packed index lists them"""
+    if sequence.temperatures is None:
+        return np.ones(int(sequence.loss_mask.sum()), np.float32)
+    return sequence.temperatures[sequence.loss_mask]
+
+
 def _pack(pieces: list[_Piece], share_prompts: bool, multiple: int) -> PackedBatch:
     members = [m for piece in pieces for m in piece.members]
     index = packed_index.build([p.members for p in pieces] if share_prompts else [(m,) for m in members], multiple)
     return PackedBatch(
         **vars(index),
+        temperatures=np.concatenate([np.zeros(0, np.float32), *map(_temperatures, members)]),
         trajectory_ids=np.array([m.trajectory_id for m in members], np.int64),
         advantages=np.array([m.advantage for m in members], np.float32),
         weights=np.array([m.weight for m in members], np.float32),

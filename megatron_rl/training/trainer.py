@@ -82,7 +82,6 @@ class Trainer:
         self._tensor_group = parallel_state.get_tensor_model_parallel_group()
         self._vocabulary = Vocabulary(
             size=model.vocab_size,
-            temperature=config.rollout.temperature,
             group=self._tensor_group if self._tensor_group.size() > 1 else None,
         )
 
@@ -221,12 +220,14 @@ class Trainer:
         num_tokens = len(b.targets)
         missing = -num_tokens % ROWS
         loss_rows, targets = (functional.pad(of_tokens, (0, missing)) for of_tokens in (b.loss_rows, b.targets))
+        temperatures = functional.pad(b.temperatures, (0, missing), value=1.0)
         if self.config.training.sequence_parallel:  # in backward the vocabulary blocks' gradients are summed, then split
             rows = gather_from_sequence_parallel_region(hidden)[loss_rows, 0]
         else:  # in backward they are summed
             rows = copy_to_tensor_model_parallel_region(hidden[loss_rows, 0])
         weight = self.chunks[-1].output_weight
-        found = log_probs_and_entropy(rows, weight, targets, self._vocabulary, self.config.training.log_prob_chunk)
+        chunk_rows = self.config.training.log_prob_chunk
+        found = log_probs_and_entropy(rows, weight, targets, temperatures, self._vocabulary, chunk_rows)
         return found[0][:num_tokens], found[1][:num_tokens]
 
     def _refuse(self, minibatch: Sequence[PackedBatch], sums: Sums, norm: float) -> None:

@@ -15,35 +15,35 @@ def folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("qwen3"))
 
 
-def per_response(model, sequences, reference, temperature):
+def per_response(model, sequences, reference):
     """(advantage, weight, log-probs, reference, behaviour) of each response that carries loss, its loss tokens only."""
     for s, before in zip(sequences, reference, strict=True):
         mask = torch.from_numpy(s.loss_mask)
         if mask.any():
-            now = dense_log_probs(model, s, temperature)[mask]
+            now = dense_log_probs(model, s)[mask]
             yield s.advantage, s.weight, now, before[mask], torch.from_numpy(s.behaviour_log_probs)[mask]
 
 
-def grpo_with_cap(model, sequences, reference, temperature, tau):
+def grpo_with_cap(model, sequences, reference, tau):
     total = 0
-    for advantage, weight, now, before, behaviour in per_response(model, sequences, reference, temperature):
+    for advantage, weight, now, before, behaviour in per_response(model, sequences, reference):
         ratio = (now - before).exp()
         term = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         total = total + weight * (term * (before - behaviour).exp().clamp(max=1.5)).sum()
     return total
 
 
-def gspo(model, sequences, reference, temperature, tau):
+def gspo(model, sequences, reference, tau):
     total = 0
-    for advantage, weight, now, before, _ in per_response(model, sequences, reference, temperature):
+    for advantage, weight, now, before, _ in per_response(model, sequences, reference):
         ratio = (now - before).mean().exp()
         total = total - weight * len(now) * torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.2) * advantage)
     return total
 
 
-def k2(model, sequences, reference, temperature, tau):
+def k2(model, sequences, reference, tau):
     total = 0
-    for advantage, weight, now, before, _ in per_response(model, sequences, reference, temperature):
+    for advantage, weight, now, before, _ in per_response(model, sequences, reference):
         total = total + weight * (advantage - tau * (now - before).sum()) ** 2
     return total
 

@@ -69,7 +69,7 @@ def test_log_probs_are_those_of_the_dense_model(folder, make_trainer):
         for i, trajectory in enumerate(pack.trajectory_ids):
             own = sequences[trajectory]
             with torch.no_grad():
-                expected = dense_log_probs(model, own, config.rollout.temperature)[torch.from_numpy(own.loss_mask)]
+                expected = dense_log_probs(model, own)[torch.from_numpy(own.loss_mask)]
             torch.testing.assert_close(found[torch.from_numpy(pack.sequence_ids) == i], expected, rtol=0, atol=1e-5)
             seen += len(expected)
     assert seen == sum(int(s.loss_mask.sum()) for s in sequences) == batch.num_trained_tokens
