@@ -8,8 +8,10 @@ many requests an engine works on at a time is its own business; whoever wants fe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,6 +98,29 @@ async def side_by_side(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     tasks = [asyncio.create_task(one) for one in work]
     try:
         return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def in_order(work: Iterator[Coroutine[Any, Any, T]], limit: int) -> AsyncGenerator[T, None]:
+    """The results in the order of `work`, at most `limit` of which run at a time; the next begins when any has ended.
+
+    The first error is raised at once. Closed, it ends what runs."""
+    tasks: deque[asyncio.Task[T]] = deque()
+    try:
+        while True:
+            num_running = sum(not task.done() for task in tasks)
+            tasks.extend(asyncio.create_task(one) for one in islice(work, limit - num_running))
+            running = [task for task in tasks if not task.done()]
+            if not running:  # then all are yielded: the first one of `tasks` was not done
+                return
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            while tasks and tasks[0].done():
+                yield tasks.popleft().result()
     finally:
         for task in tasks:
             task.cancel()
