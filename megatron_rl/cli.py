@@ -100,10 +100,16 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 @app.command("eval")
 def evaluate(
-    config: ConfigArgument,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG|MODEL", help="YAML file; or a Hugging Face model folder, with --set")
+    ] = None,
     overrides: OverridesArgument = None,
     model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
     split: Annotated[Split, typer.Option(help="prompts to answer")] = Split.HELD_OUT,
+    questions: Annotated[
+        str | None, typer.Option("--set", help="instead of a split: a ready-made set, or a JSONL file with answers")
+    ] = None,
+    list_sets: Annotated[bool, typer.Option("--list", help="name the ready-made sets, and do nothing else")] = False,
     sampled: Annotated[bool, typer.Option("--sampled", help="sample at rollout.temperature instead of greedily")] = False,
     samples: Annotated[int, typer.Option(min=1, help="responses for each prompt")] = 1,
     record: Annotated[
@@ -111,12 +117,21 @@ def evaluate(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="also write the result as a page")] = None,
 ) -> None:
-    """Score a model on the prompts that training never draws: a table on stderr, one JSON object on stdout."""
-    settings = configuration.load(config, overrides)
+    """Score a model on the prompts that training never draws, or on a set: a table on stderr, one JSON object on stdout."""
+    if list_sets:
+        _wide_console().print(sets_table())
+        return
+    is_bare = config is not None and config.is_dir()
+    if config is None or (is_bare and not questions):
+        raise ConfigError("eval: give a CONFIG, or a MODEL folder with --set; --list names the ready-made sets")
+    if is_bare and record:
+        raise ConfigError("--record: a MODEL folder is no run; give the run's CONFIG, and the folder as --model")
+    settings = configuration.load_bare(config, overrides) if is_bare else configuration.load(config, overrides)
     _start_logging()
     from megatron_rl.evaluate import evaluate as score
 
-    result = score(settings, model or settings.model.folder, split=split.value, greedy=not sampled, samples=samples)
+    name = questions or split.value
+    result = score(settings, model or settings.model.folder, split=name, greedy=not sampled, samples=samples)
     Console(stderr=True).print(scores_table(result))
     typer.echo(json.dumps(result, indent=2))
     if html:
@@ -142,6 +157,7 @@ def curate(
     tries: Annotated[int, typer.Option(min=1, help="answers without reasoning, none of which may be right (paper 2.1)")] = 8,
     lowest: Annotated[float, typer.Option(min=0, max=1, help="least pass rate kept")] = 0.0,
     highest: Annotated[float, typer.Option(min=0, max=1, help="largest pass rate kept")] = 0.9,
+    in_flight: Annotated[int, typer.Option(min=1, help="prompts worked on at a time")] = 32,
 ) -> None:
     """Keep the training prompts that RL can learn from; says of every prompt why it was kept or dropped."""
     settings = configuration.load(config, overrides)
@@ -149,7 +165,7 @@ def curate(
     from megatron_rl.curate import Rules
     from megatron_rl.curate import curate as decide
 
-    rules = Rules(samples=samples, temperature=temperature, tries=tries, lowest=lowest, highest=highest)
+    rules = Rules(samples=samples, temperature=temperature, tries=tries, lowest=lowest, highest=highest, in_flight=in_flight)
     typer.echo(json.dumps(decide(settings, model or settings.model.folder, out, rules)))
 
 
@@ -182,6 +198,49 @@ def select(
 
     counts = write_selection(settings, model or settings.model.folder, out, kind=kind.value, samples=samples)
     typer.echo(f"{out}: {counts['lines']} lines from {counts['prompts']} prompts")
+
+
+@long2short.command()
+def rl(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="run folder of the second phase")],
+    overrides: OverridesArgument = None,
+    model: Annotated[Path | None, typer.Option(help="folder it starts from; default hf/ of the config's run.folder")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="longest response; default half of rollout.max_response_tokens")
+    ] = None,
+) -> None:
+    """Second RL phase: train as CONFIG says, with the length reward and much shorter responses, from a trained model."""
+    from megatron_rl.long2short.rl import overlay
+
+    changes = overlay(configuration.load(config), out, model=model, max_tokens=max_tokens)
+    train(config, [*changes, *(overrides or [])])
+
+
+@long2short.command()
+def plot(
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULT...", help="JSON files from `megatron-rl eval`, or model folders, with --set")
+    ],
+    out: Annotated[Path, typer.Option(help="file to write, .html or .svg")] = Path("long2short.html"),
+    questions: Annotated[str | None, typer.Option("--set", help="what model folders are evaluated on, as in eval")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="model folders: responses for each prompt; 1 is greedy")] = 1,
+) -> None:
+    """Draw tokens against accuracy of several models (paper, figure 7)."""
+    from megatron_rl.long2short.plot import Result, read_result, write_plot
+
+    folders = [path for path in results if path.is_dir()]
+    if folders and not questions:
+        raise ConfigError(f"plot: {folders[0]} is a model folder; say with --set what to evaluate it on")
+    read = {path: read_result(path) for path in results if path not in folders}
+    if folders:
+        _start_logging()
+        from megatron_rl.evaluate import evaluate as score
+    for path in folders:
+        found = score(configuration.load_bare(path), path, split=questions or "", greedy=samples == 1, samples=samples)
+        read[path] = Result(path.resolve().parent.name if path.name == "hf" else path.name, found)
+    write_plot([read[path] for path in results], out)
+    typer.echo(str(out))
 
 
 @app.command()
@@ -249,6 +308,16 @@ def scores_table(result: dict[str, Any]) -> Table:
     for score in result["scores"]:
         table.add_row(score["name"], f"{score['mean']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}")
     table.add_row("tokens", f"{result['mean_tokens']:.1f}", "")
+    return table
+
+
+def sets_table() -> Table:
+    """Every ready-made set."""
+    from megatron_rl.data.ready_made import READY_MADE
+
+    table = Table("set", "reasoning-gym task", "", box=None, pad_edge=False)
+    for name, ready in READY_MADE.items():
+        table.add_row(name, ready.task, ready.about)
     return table
 
 

@@ -4,7 +4,7 @@
 """
 
 from megatron_rl.config.checks import check_model, check_world
-from megatron_rl.config.loading import dump, iter_settings, known_keys, load
+from megatron_rl.config.loading import dump, iter_settings, known_keys, load, load_bare
 from megatron_rl.config.sections import (
     AlgorithmConfig,
     BufferConfig,
@@ -24,6 +24,7 @@ from megatron_rl.config.sections import (
     RunConfig,
     SamplerConfig,
     SGLangConfig,
+    TemperatureDecayConfig,
     ToggleConfig,
     TokenBudgetConfig,
     TrainingConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "RunConfig",
     "SGLangConfig",
     "SamplerConfig",
+    "TemperatureDecayConfig",
     "ToggleConfig",
     "TokenBudgetConfig",
     "TrainingConfig",
@@ -61,4 +63,5 @@ __all__ = [
     "iter_settings",
     "known_keys",
     "load",
+    "load_bare",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: " + "; ".join(_explain(dict(error)) for error in e.errors())) from e
     check(config)
     return config
+
+
+def load_bare(model_folder: Path, overrides: list[str] | None = None) -> Config:
+    """The settings for evaluating a model folder without a config file: `bare_model.yaml`, then overrides."""
+    folder = json.dumps(str(model_folder))
+    own = [f"model.folder={folder}", f"run.folder={folder}"]
+    return load(Path(__file__).with_name("bare_model.yaml"), [*own, *(overrides or [])])
 
 
 def dump(config: Config) -> str:
