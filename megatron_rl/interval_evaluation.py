@@ -75,11 +75,18 @@ class IntervalEvaluation:
                 f"the evaluation of {', '.join(self._settings.names)} on {names} passed rollout.phase_timeout_s={limit_s:g}; "
                 "raise it, or lower evaluation.prompts, samples or max_tokens"
             ) from e
-        if self._config.rollout.engine == "embedded":  # emptied, its cache has the room for kept KV that it would have had
+        await self._make_room(engines)
+        return row
+
+    async def _make_room(self, engines: Sequence[Engine]) -> None:
+        """Empty caches have the room for kept KV that they would have had. A server without a memory saver cannot be emptied
+        here: what finds no room there is computed again, and counted."""
+        r = self._config.rollout
+        if r.kv_policy == "keep" and (r.engine == "embedded" or r.sglang.memory_saver):
             for engine in engines:
+                await engine.health()  # a server that died since its last request is mended
                 await engine.release_memory(("kv_cache",))
                 await engine.resume_memory(("kv_cache",))
-        return row
 
     async def _scores(self, engines: Sequence[Engine], questions: EvaluationSet, number: int) -> dict[str, float]:
         e, config = self._settings, self._config
