@@ -205,12 +205,16 @@ def test_the_second_phase_trains_as_the_first_but_for_model_length_and_length_re
     trained = tmp_path / "run" / "hf"
     trained.mkdir(parents=True)
     (trained / "config.json").write_text("{}")
+    config_file.write_text(config_file.read_text() + "\nsampler: {name: prioritized}\n")
+    config_file.write_text(config_file.read_text().replace("rollout: {", "rollout: {temperature_decay: {end: 0.5}, "))
     first = config.load(config_file)
     for options, tokens in (([], 8), (["--max-tokens", "5"], 5), (["rollout.max_response_tokens=6"], 6)):
         assert run("long2short", "rl", config_file, *options, "--out", tmp_path / "short", "run.iterations=3")[0] == 0
         second = seen.pop()
         assert second.model.folder == trained and second.run.folder == tmp_path / "short" and second.run.iterations == 3
         assert second.rollout.max_response_tokens == tokens and second.rewards.length.schedule == "constant"
+        assert second.rollout.temperature == 0.5 and second.rollout.temperature_decay.end is None
+        assert second.sampler == first.sampler
         assert second.data == first.data and second.training == first.training and second.algorithm == first.algorithm
     code, _, err = run("long2short", "rl", config_file, "--max-tokens", "16", "--out", "x")
     assert code == 2 and "--max-tokens 16: must be less than the first phase's rollout.max_response_tokens=16" in err

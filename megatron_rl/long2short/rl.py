@@ -1,7 +1,8 @@
 """The second RL phase (paper 2.4): the first one's config with the length reward on and much shorter responses allowed.
 
 It is an ordinary run from an ordinary train config; this is what of it differs, as overrides that further overrides may
-replace. Start it from the model with the best balance of accuracy and tokens (`plot.py` shows which).
+replace: `rewards.length.weight` for one. Start it from the model with the best balance of accuracy and tokens; `plot.py`
+shows which.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ def overlay(first: Config, out: Path, *, model: Path | None = None, max_tokens: 
     longest = max(1, int(before * SHARE)) if max_tokens is None else max_tokens
     if longest >= before:
         raise ConfigError(f"--max-tokens {longest}: must be less than the first phase's rollout.max_response_tokens={before}")
-    length = first.rewards.length
+    decay = first.rollout.temperature_decay.end
+    at_its_end = [f"rollout.temperature={decay}", "rollout.temperature_decay.end=null"] if decay is not None else []
     return [
+        *at_its_end,  # not back to exploring
         f"model.folder={json.dumps(str(start))}",
         f"run.folder={json.dumps(str(out))}",
         "buffer.path=null",  # and its KV: the first run's files are not the second's
@@ -39,5 +42,4 @@ def overlay(first: Config, out: Path, *, model: Path | None = None, max_tokens: 
         f"rollout.token_budget={min(first.rollout.token_budget, longest)}",
         "rewards.length.schedule=constant",
         "rewards.length.start_iteration=0",
-        f"rewards.length.weight={length.weight}",
     ]
