@@ -149,6 +149,7 @@ class TrainingSequence:
     weight_versions: np.ndarray  # int32 [tokens]
     advantage: float  # computed over the whole group, before packing
     weight: float  # 1 / (members of its group * groups of its optimizer step): the loss denominator is global
+    is_supervised: bool = False  # given, not sampled: cross entropy, and no part in advantages or mismatch
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:

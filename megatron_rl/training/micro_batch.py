@@ -29,6 +29,8 @@ class MicroBatch:
     weight_versions: torch.Tensor  # int32 [loss_tokens]
     advantages: torch.Tensor  # float32 [sequences]
     weights: torch.Tensor  # float32 [sequences]
+    group_ids: torch.Tensor  # int64 [sequences]
+    is_supervised: torch.Tensor  # bool [sequences]
     trajectory_ids: np.ndarray  # int64 [sequences]
 
 
@@ -66,5 +68,7 @@ def prepare(packed: PackedBatch, index: int, place: Place) -> MicroBatch:
         weight_versions=tensor(packed.weight_versions[chosen]),
         advantages=tensor(packed.advantages),
         weights=tensor(packed.weights),
+        group_ids=tensor(packed.group_ids),
+        is_supervised=tensor(packed.is_supervised),
         trajectory_ids=packed.trajectory_ids,
     )

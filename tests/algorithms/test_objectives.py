@@ -59,6 +59,8 @@ class Case:
             num_tokens=torch.tensor(LENGTHS, dtype=torch.float64),
             advantages=algorithm.advantages(self.rewards, GROUPS).double(),
             weights=weights,
+            group_ids=GROUPS,
+            is_supervised=torch.zeros(9, dtype=torch.bool),
         )
         surrogate = -(weights[self.sequence_ids] * algorithm.objective.coefficients(inputs) * log_probs).sum()
         return float(algorithm.objective.loss(inputs).sum()), torch.autograd.grad(surrogate, self.logits)[0]
@@ -262,6 +264,8 @@ def enumerated(logits: torch.Tensor, reference: torch.Tensor):
         num_tokens=torch.full((9,), 2.0, dtype=torch.float64),
         advantages=torch.zeros(9, dtype=torch.float64),
         weights=now.detach().sum(1).exp(),
+        group_ids=torch.zeros(9, dtype=torch.int64),
+        is_supervised=torch.zeros(9, dtype=torch.bool),
     )
     return inputs, now, before
 
