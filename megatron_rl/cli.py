@@ -9,12 +9,14 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import rich
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -22,7 +24,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from megatron_rl import config as configuration
-from megatron_rl.config import Config
+from megatron_rl.config import Config, SFTConfig
 from megatron_rl.errors import ConfigError, MegatronRLError
 
 HELP_WIDTH = 130  # of the settings where the output is no terminal
@@ -69,33 +71,41 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-class SettingsCommand(TyperCommand):
-    """A command whose help ends with every setting of the config file."""
+def listing(root: type[BaseModel]) -> type[TyperCommand]:
+    """A command whose help ends with every setting of its config file."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        console = Console()
-        if not console.is_terminal:
-            console.width = HELP_WIDTH
-        console.print(
-            "[bold]Settings[/] of the config file, with units in brackets. [bold]ours[/]: the paper leaves the default open."
-        )
-        console.print(settings_table())
+    class SettingsCommand(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            super().format_help(ctx, formatter)
+            console = Console()
+            if not console.is_terminal:
+                console.width = HELP_WIDTH
+            console.print(
+                "[bold]Settings[/] of the config file, with units in brackets. [bold]ours[/]: the paper leaves the default open."
+            )
+            console.print(settings_table(root))
+
+    return SettingsCommand
 
 
-@app.command(cls=SettingsCommand)
+@app.command(cls=listing(Config))
 def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Train as CONFIG says; a run that was interrupted goes on where it stopped."""
     settings = configuration.load(config, overrides)
     _start_logging()
     from megatron_rl.loop import train as run
 
-    try:
-        code = run(settings)
-    except KeyboardInterrupt as e:
-        rich.print("interrupted; the same command goes on from the last checkpoint and loses no finished token", file=sys.stderr)
-        raise typer.Exit(130) from e
-    raise typer.Exit(code)
+    _exit_with(lambda: run(settings), "and loses no finished token")
+
+
+@app.command(cls=listing(SFTConfig))
+def sft(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Fine-tune on conversations, loss on the assistant's tokens; an interrupted run goes on from its last checkpoint."""
+    settings = configuration.load_supervised(SFTConfig, config, overrides)
+    _start_logging()
+    from megatron_rl.supervised.sft import sft as run
+
+    _exit_with(lambda: run(settings))
 
 
 @app.command("eval")
@@ -224,8 +234,11 @@ def inspect(
 def report(run: RunArgument) -> None:
     """Write RUN/report.html anew, also while the run goes on."""
     from megatron_rl.report.html import write_report
+    from megatron_rl.report.supervised import write_supervised_report
+    from megatron_rl.run_folder import kind_of
 
-    typer.echo(str(write_report(run)))
+    write = write_report if kind_of(run) == Config.kind else write_supervised_report
+    typer.echo(str(write(run)))
 
 
 @app.command()
@@ -252,16 +265,16 @@ def scores_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def settings_table() -> Table:
-    """Every setting: dotted key, default, `ours`, what it is."""
+def settings_table(root: type[BaseModel]) -> Table:
+    """Every setting of a kind of run: dotted key, default, `ours`, what it is."""
     table = Table("setting", "default", "", "", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     section = ""
-    for key, info in configuration.iter_settings(Config):
+    for key, info in configuration.iter_settings(root):
         if key.split(".")[0] != section:
             section = key.split(".")[0]
             table.add_row(
-                Text(f"\n{section}:", style="bold cyan"), "", "", Text(f"\n{Config.model_fields[section].description or ''}")
+                Text(f"\n{section}:", style="bold cyan"), "", "", Text(f"\n{root.model_fields[section].description or ''}")
             )
         default = (
             Text("required", style="bold") if info.is_required() else Text(_shown(info.get_default(call_default_factory=True)))
@@ -285,14 +298,26 @@ def _shown(default: Any) -> str:
         return "none"
     if isinstance(default, bool):
         return str(default).lower()
+    if isinstance(default, BaseModel):
+        return "{" + ", ".join(f"{name}: {_shown(value)}" for name, value in default) + "}"
     if isinstance(default, tuple):
-        return str(list(default))
+        return "[" + ", ".join(map(_shown, default)) + "]"
     return str(default)
 
 
 def _choices(annotation: Any) -> str:
     names = [name for name in getattr(annotation, "__args__", ()) if isinstance(name, str)]
     return f" ({' | '.join(names)})" if names else ""
+
+
+def _exit_with(run: Callable[[], int], addition: str = "") -> None:
+    """The exit code of a run; 130 after Ctrl-C."""
+    try:
+        code = run()
+    except KeyboardInterrupt as e:
+        rich.print(f"interrupted; the same command goes on from the last checkpoint {addition}".rstrip(), file=sys.stderr)
+        raise typer.Exit(130) from e
+    raise typer.Exit(code)
 
 
 def _start_logging() -> None:

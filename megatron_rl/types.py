@@ -8,7 +8,7 @@ micro-batches: `training/packing.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -150,6 +150,9 @@ class TrainingSequence:
     advantage: float  # computed over the whole group, before packing
     weight: float  # 1 / (members of its group * groups of its optimizer step): the loss denominator is global
     is_supervised: bool = False  # given, not sampled: cross entropy, and no part in advantages or mismatch
+
+    def weighing(self, weight: float) -> TrainingSequence:
+        return replace(self, weight=weight)
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -7,7 +7,7 @@ default that the Kimi k1.5 paper leaves open. Rules between settings: `checks.py
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_rl.config.shared import (
     AdamConfig,
@@ -275,6 +275,7 @@ class Config(Section):
     weights: WeightsConfig = setting(WeightsConfig(), "publishing weights to engines")
     buffer: BufferConfig = setting(BufferConfig(), "replay buffer")
     report: ReportConfig = setting(ReportConfig(), "metrics and report")
+    kind: ClassVar[str] = "train"
 
     @property
     def buffer_path(self) -> Path:

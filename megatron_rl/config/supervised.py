@@ -7,7 +7,7 @@ share with reinforcement learning: `shared.py`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from megatron_rl.config.checks import check_shape, check_training
 from megatron_rl.config.shared import (
@@ -72,6 +72,7 @@ class SupervisedConfig(Section):
     training: MegatronConfig = setting(MegatronConfig(), "Megatron-Core training")
     weights: ExportConfig = setting(ExportConfig(), "exporting weights")
     report: MetricsConfig = setting(MetricsConfig(), "metrics")
+    kind: ClassVar[str]
 
     @property
     def temperature(self) -> float:
@@ -97,6 +98,7 @@ class SupervisedConfig(Section):
 
 class SFTConfig(SupervisedConfig):
     sft: SFTSection = setting(doc="supervised fine-tuning")
+    kind: ClassVar[str] = "sft"
 
     @property
     def stages(self) -> tuple[StageConfig, ...]:
@@ -109,6 +111,7 @@ class SFTConfig(SupervisedConfig):
 
 class DPOConfig(SupervisedConfig):
     dpo: DPOSection = setting(doc="preference pairs (paper 2.4)")
+    kind: ClassVar[str] = "dpo"
 
     @property
     def stages(self) -> tuple[StageConfig, ...]:

@@ -61,10 +61,8 @@ def read_pairs(path: Path, tokenizer: ChatTokenizer, setting: str) -> list[Pair]
             _example((*opening, Message("assistant", _text(line, name, where))), tokenizer, where, last_only=True)
             for name in ("chosen", "rejected")
         )
-        if chosen.prompt_tokens != rejected.prompt_tokens:
-            raise DataError(
-                f"{where('')}: the prompt has other tokens before `chosen` than before `rejected`; correct the template"
-            )
+        if not np.array_equal(chosen.prompt_ids, rejected.prompt_ids):
+            raise DataError(f"{where('')}: the prompt's tokens before `chosen` and `rejected` differ; correct the chat template")
         pairs.append(Pair(chosen, rejected))
     if not pairs:
         raise DataError(f"{setting}={path}: there is no pair in it; write one JSON object a line")

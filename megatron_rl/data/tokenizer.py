@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
@@ -102,7 +103,8 @@ class ChatTokenizer:
 
     def _marked(self, chat: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
         try:
-            found = self._tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            marked: Any = {"return_dict": True, "return_assistant_tokens_mask": True}
+            found: Any = self._tokenizer.apply_chat_template(chat, tokenize=True, **marked)
         except TemplateError as e:
             raise DataError(f"the chat template refuses the conversation: {e}; change the messages") from e
         return np.asarray(found["input_ids"], np.int32), np.asarray(found["assistant_masks"], np.bool_)

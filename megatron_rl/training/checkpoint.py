@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,10 +102,11 @@ def write(
     of its own. Collective; raises CheckpointError on every rank."""
     others = others or {}
     needed = sharded.num_bytes(chunks[0].model_config) * (1 + len(others))
-    folder = _on_rank_0(target, lambda: _begin(target, needed, others))
+    folder = _on_rank_0(target, lambda: _begin(target, needed))
     try:
         sharded.save(chunks, folder, values)
         for name, of_parameter in others.items():
+            _on_rank_0(target, (folder / name).mkdir)
             sharded.save(chunks, folder / name, of_parameter)
         _on_rank_0(target, lambda: _commit(target, model_folder, extra))
     except CheckpointError as e:
@@ -130,13 +131,10 @@ def read_extra(path: Path) -> dict[str, Any]:
     return dict(state["extra"])
 
 
-def _begin(target: Path, needed: int, others: Iterable[str]) -> Path:
+def _begin(target: Path, needed: int) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic.require_space(target.parent, needed)
-    folder = atomic.begin(target)
-    for name in others:
-        (folder / name).mkdir()
-    return folder
+    return atomic.begin(target)
 
 
 def _commit(target: Path, model_folder: Path, extra: dict[str, Any]) -> None:
