@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich
 import typer
@@ -24,8 +24,11 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from megatron_rl import config as configuration
-from megatron_rl.config import Config, SFTConfig
+from megatron_rl.config import Config, DPOConfig, SFTConfig
 from megatron_rl.errors import ConfigError, MegatronRLError
+
+if TYPE_CHECKING:
+    from megatron_rl.rejection import Rules
 
 HELP_WIDTH = 130  # of the settings where the output is no terminal
 
@@ -61,9 +64,10 @@ class Form(StrEnum):
     MEGATRON = "megatron"
 
 
-class Kind(StrEnum):
-    SFT = "sft"
-    DPO = "dpo"
+class Keep(StrEnum):
+    SHORTEST = "shortest"
+    FIRST = "first"
+    ALL = "all"
 
 
 class Dtype(StrEnum):
@@ -163,6 +167,26 @@ def curate(
     typer.echo(json.dumps(decide(settings, model or settings.model.folder, out, rules)))
 
 
+@app.command("sft-data")
+def sft_data(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="folder to write; an interrupted sampling goes on there")],
+    overrides: OverridesArgument = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="responses for each prompt")] = 8,
+    keep: Annotated[Keep, typer.Option(help="which of a prompt's right responses")] = Keep.FIRST,
+    most: Annotated[int, typer.Option(min=1, help="of one prompt at most, unless all are kept")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="a longer response is not kept [tokens]")] = None,
+    bare: Annotated[
+        bool, typer.Option("--bare", help="write the questions without data.system_message and data.worked_turns")
+    ] = False,
+) -> None:
+    """Sample responses to the training prompts and write the right ones as data for sft."""
+    from megatron_rl.rejection import Rules
+
+    _write_data(config, overrides, model, out, Rules(samples, keep.value, most, max_tokens, bare))
+
+
 @long2short.command()
 def merge(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Hugging Face model folders of one shape")],
@@ -177,21 +201,27 @@ def merge(
 
 
 @long2short.command()
-def select(
+def reject(
     config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="folder to write: sft.jsonl and pairs.jsonl; an interrupted sampling goes on there")],
     overrides: OverridesArgument = None,
-    kind: Annotated[Kind, typer.Option(help="sft: the shortest right response; dpo: it, against longer ones")] = Kind.SFT,
     model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
     samples: Annotated[int, typer.Option(min=2, help="responses for each prompt (paper 2.4)")] = 8,
-    out: Annotated[Path, typer.Option(help="JSONL file to write")] = Path("selection.jsonl"),
 ) -> None:
-    """Sample responses to the training prompts and keep what long2short trains on."""
-    settings = configuration.load(config, overrides)
-    _start_logging()
-    from megatron_rl.long2short.selection import write_selection
+    """Sample responses to the training prompts; keep the shortest right one for sft, and it against longer ones for dpo."""
+    from megatron_rl.rejection import Rules
 
-    counts = write_selection(settings, model or settings.model.folder, out, kind=kind.value, samples=samples)
-    typer.echo(f"{out}: {counts['lines']} lines from {counts['prompts']} prompts")
+    _write_data(config, overrides, model, out, Rules(samples=samples, keep="shortest", pairs=True))
+
+
+@long2short.command(cls=listing(DPOConfig))
+def dpo(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train on preference pairs; an interrupted run goes on from its last checkpoint."""
+    settings = configuration.load_supervised(DPOConfig, config, overrides)
+    _start_logging()
+    from megatron_rl.long2short.dpo import dpo as run
+
+    _exit_with(lambda: run(settings))
 
 
 @app.command()
@@ -308,6 +338,14 @@ def _shown(default: Any) -> str:
 def _choices(annotation: Any) -> str:
     names = [name for name in getattr(annotation, "__args__", ()) if isinstance(name, str)]
     return f" ({' | '.join(names)})" if names else ""
+
+
+def _write_data(config: Path, overrides: list[str] | None, model: Path | None, out: Path, rules: Rules) -> None:
+    settings = configuration.load(config, overrides)
+    _start_logging()
+    from megatron_rl.rejection import write_data
+
+    typer.echo(json.dumps(write_data(settings, model or settings.model.folder, out, rules)))
 
 
 def _exit_with(run: Callable[[], int], addition: str = "") -> None:

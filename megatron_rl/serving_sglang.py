@@ -88,6 +88,12 @@ class SGLangServing:
         self._runner.run(_all(e.resume_memory(("kv_cache",)) for e in self._plain))
         self._phase_seconds["resume"] = seconds + time.perf_counter()
 
+    def adopt_folder(self) -> None:
+        """Call the model folder's weights, with which servers start, version 0, without loading anything."""
+        self._runner.run(_all(engine.adopt(0) for engine in self._plain))
+        for engine in self._supervised:
+            engine.loaded(0)
+
     @property
     def phase_seconds(self) -> dict[str, float]:
         """What the last turns on the GPU took: `release`, and `resume` without the weights' delivery [s]."""

@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from megatron_rl import cli, config
-from megatron_rl.config import Config, SFTConfig
+from megatron_rl.config import Config, DPOConfig, SFTConfig
 from megatron_rl.errors import EngineError
 
 MINIMAL = """
@@ -22,6 +22,7 @@ COMMANDS = {  # frozen: scripts of users depend on it
     "sft": ["config", "overrides"],
     "eval": ["config", "overrides", "--model", "--split", "--sampled", "--samples", "--record", "--html"],
     "curate": ["config", "--out", "overrides", "--model", "--samples", "--temperature", "--tries", "--lowest", "--highest"],
+    "sft-data": ["config", "--out", "overrides", "--model", "--samples", "--keep", "--most", "--max-tokens", "--bare"],
     "long2short": [],
     "convert": ["source", "target", "--to", "--tensor-parallel", "--pipeline-parallel", "--dtype"],
     "inspect": ["run", "--trajectory", "--group"],
@@ -65,7 +66,7 @@ def test_the_commands_and_their_arguments_are_frozen():
     assert found == COMMANDS
 
 
-@pytest.mark.parametrize(("command", "root"), [(("train",), Config), (("sft",), SFTConfig)])
+@pytest.mark.parametrize(("command", "root"), [(("train",), Config), (("sft",), SFTConfig), (("long2short", "dpo"), DPOConfig)])
 def test_the_help_lists_every_setting_with_default_unit_and_mark(run, command, root):
     code, out, _ = run(*command, "--help")
     assert code == 0

@@ -106,11 +106,10 @@ def test_the_command_line_says_what_it_can_do() -> None:
     assert all(command in done.stdout for command in ("train", "eval", "convert", "inspect", "doctor"))
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted({*ROOT.glob("examples/*/config.yaml"), *ROOT.glob("examples/sft/*.yaml")}),
-    ids=lambda path: f"{path.parent.name}/{path.stem}",
-)
+CONFIGS = sorted({*ROOT.glob("examples/*/config.yaml"), *ROOT.glob("examples/sft/*.yaml")})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_example_configs_are_valid(path: Path) -> None:
     sections = {"sft": configuration.SFTConfig, "dpo": configuration.DPOConfig}
     kind = next((kind for kind in sections if f"\n{kind}:" in path.read_text(encoding="utf-8")), None)
