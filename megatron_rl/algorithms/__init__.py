@@ -51,6 +51,8 @@ def make_algorithm(config: AlgorithmConfig) -> Algorithm:
         objective = TruncatedImportance(objective, config.importance_cap)
     if config.kl_weight or config.entropy_weight:
         objective = Regularized(objective, config.kl_weight, config.kl_estimator, config.entropy_weight)
+    if config.ptx.weight:
+        objective = WithPTX(objective)
     return Algorithm(made.advantages, made.normalization, objective)
 
 

@@ -103,6 +103,8 @@ def _check_algorithm(a: AlgorithmConfig) -> None:
         raise ConfigError(
             f"algorithm.importance_cap={a.importance_cap}: k25's ratio is to the behaviour policy already; unset one of the two"
         )
+    if a.ptx.weight and a.ptx.path is None:
+        raise ConfigError(f"algorithm.ptx.weight={a.ptx.weight:g}: needs algorithm.ptx.path, the conversations to train on")
     if a.baseline != "mean" and a.name not in ("mirror_descent", "k2"):
         raise ConfigError(
             f"algorithm.baseline={a.baseline}: only mirror_descent and k2 have a choice; {a.name} has its own; unset it"

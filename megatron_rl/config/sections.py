@@ -203,6 +203,14 @@ class RewardsConfig(Section):
     toggle: ToggleConfig = setting(ToggleConfig(), "phases with and without a length budget")
 
 
+class PTXConfig(Section):
+    weight: float = setting(
+        0.0, "weight of given conversations' mean cross entropy in every optimizer step (K2 3.2); 0 is off", ge=0, ours=True
+    )
+    path: Path | None = setting(None, "their JSONL file, as sft.path")
+    tokens: Positive = setting(4096, "loss-bearing tokens of them in one optimizer step, at least [tokens]", ours=True)
+
+
 class AlgorithmConfig(Section):
     name: Literal["mirror_descent", "k2", "k25", "rest", "rloo", "ppo", "grpo", "dr_grpo", "reinforce_pp", "gspo", "cispo"] = (
         setting(
@@ -236,6 +244,7 @@ class AlgorithmConfig(Section):
     )
     kl_estimator: Literal["k1", "k3"] = setting("k3", "k1: log-ratio of the response; k3: per token, never negative", ours=True)
     entropy_weight: float = setting(0.0, "weight of the entropy bonus", ge=0, ours=True)
+    ptx: PTXConfig = setting(PTXConfig(), "PTX term")
 
 
 class OptimizerConfig(AdamConfig):
