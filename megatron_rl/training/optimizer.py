@@ -98,7 +98,7 @@ class PolicyOptimizer:
             return parameter.detach()
         if not isinstance(self._parts, DistributedOptimizer):
             return parameter.main_param.detach()  # type: ignore[attr-defined]
-        return self._gathered(parameter, parameter.main_param)  # type: ignore[attr-defined]
+        return self._gathered(parameter, self._held(parameter))
 
     @torch.no_grad()
     def set_main_weight(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
