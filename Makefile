@@ -19,8 +19,9 @@ KERNEL_SOURCES := setup.py $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 demo: $(READY)
 	@VENV="$(VENV)" examples/smollm2/run.sh $(if $(MODEL),--model "$(MODEL)")
 
+# Two processes, a file at a time each, so that fixtures of a file are made once.
 test: $(READY) $(if $(shell command -v nvcc),compile-cuda)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every .cu file for Ampere and Hopper, wherever nvcc is found: no GPU is needed to see that they compile.
 compile-cuda: $(CUDA_OBJECTS)

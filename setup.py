@@ -22,7 +22,7 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 HAS_CUDA = torch.version.cuda is not None
-OPTIMISE = ["-O3", "-Wall", "-Wno-unknown-pragmas"]
+OPTIMISE = ["-O3", "-g0", "-Wall", "-Wno-unknown-pragmas"]  # Python's own flags ask for debug information, which takes long
 ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
 
 

@@ -39,8 +39,11 @@ class Clock:
         if self.left < seconds:
             print(f"left out: {what} (needs {seconds:.0f} s, {max(self.left, 0):.0f} s left)", flush=True)
             return False
-        print(f"[{self.seconds - self.left:5.1f} s] {what}", flush=True)
+        self.tell(what)
         return True
+
+    def tell(self, what: str) -> None:
+        print(f"[{self.seconds - self.left:5.1f} s] {what}", flush=True)
 
 
 def attempt(what: str, function: Callable[[], T], failures: dict[str, str]) -> T | None:

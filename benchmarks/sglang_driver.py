@@ -3,7 +3,7 @@
 256 requests of 64 random prompt tokens, forced to 512 tokens (temperature 1, log-probs on both sides). One server after the other
 on the same GPU; each is warmed up with the whole batch once, then repeated. A claim of at least 0.95. Unattended:
 
-    python benchmarks/sglang_driver.py --model FOLDER [--repeats 3]
+    python benchmarks/sglang_driver.py --model FOLDER [--repeats 3] [--out DIR]
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from result_file import Row, write_result
+import torch
+from result_file import FOLDER, Row, write_result
 
 from megatron_rl import config as configuration
 from megatron_rl.config import Config
@@ -90,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
     options = parser.parse_args()
     recipe = Path(__file__).parents[1] / "examples" / "smollm2_gpu" / "config.yaml"
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +111,8 @@ def main() -> None:
         {"ours": (min(mine), max(mine)), "peer": (min(theirs), max(theirs))},
     )
     print(f"ours {row.ours:.0f}, sglang.Engine {row.peer:.0f} tokens/s, ratio {ratio:.3f}")
-    write_result("sglang_driver", [row], ceilings={}, packages=["torch", "sglang", "httpx"])
+    packages, device = ["torch", "sglang", "aiohttp"], torch.device("cuda", 0)
+    write_result("sglang_driver", [row], ceilings={}, packages=packages, device=device, folder=options.out)
 
 
 if __name__ == "__main__":

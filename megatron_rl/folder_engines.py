@@ -35,7 +35,7 @@ def folder_engines(config: Config, folder: Path, runner: asyncio.Runner, *, name
     served = config.model_copy(update={"model": config.model.model_copy(update={"folder": folder})})
     (config.run.folder / "log").mkdir(parents=True, exist_ok=True)
     launch = Launch(0, 1, 0, 1, "127.0.0.1")
-    serving = SGLangServing(served, ModelConfig.from_folder(folder), launch, runner, export=None)
+    serving = SGLangServing(served, ModelConfig.from_folder(folder), launch, runner, export=None, memory=None)
     try:
         serving.adopt_folder()
         yield serving.engines

@@ -79,10 +79,12 @@ def _train(run: Run, groups: list[Group], seconds: dict[str, float]) -> dict[str
     run.check_mismatch(stats)
     with _timed(run, seconds, "publish"):
         run.publish(run.version + 1)
-    seconds |= run.serving.phase_seconds
+    turns = run.serving.phase_seconds
+    seconds["publish"] -= turns.get("offload", 0.0) + turns.get("resume", 0.0)  # these take place inside it
+    seconds |= turns
     if master:
         master.observe(groups)
-    return stats
+    return stats | run.serving.phase_memory
 
 
 @contextmanager

@@ -157,7 +157,7 @@ class Master:
             **(self.runner.run(self.kept_kv.take_metrics()) if self.kept_kv else {}),
             "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of rank 0's process, so far
             **{f"time/{phase}_s": seconds.get(phase, 0.0) for phase in ("rollout", "reference", "train", "publish")},
-            **{f"time/{phase}_s": seconds[phase] for phase in ("release", "resume") if phase in seconds},
+            **{f"time/{phase}_s": seconds[phase] for phase in ("release", "onload", "offload", "resume") if phase in seconds},
         }
         self.metrics.write(row)
         self.progress.iteration_done(row)

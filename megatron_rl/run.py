@@ -23,6 +23,7 @@ from megatron_rl.serving import EmbeddedServing, Serving
 from megatron_rl.serving_sglang import SGLangServing
 from megatron_rl.shutdown import Shutdown
 from megatron_rl.training import checkpoint, parallel
+from megatron_rl.training.phase_memory import PhaseMemory
 from megatron_rl.training.trainer import Trainer
 from megatron_rl.weights.folder import write_model_folder
 
@@ -62,7 +63,9 @@ class Run:
     def save(self) -> None:
         """Checkpoint at an iteration boundary: a position in the buffer's log. Collective."""
         extra = {"iteration": self.iteration, "version": self.version, **(self.master.state() if self.master else {})}
-        checkpoint.save(self.trainer, self.config.run.folder, self.iteration, extra, keep=self.config.run.keep_checkpoints)
+        keep = self.config.run.keep_checkpoints
+        with self.serving.readable_weights():
+            checkpoint.save(self.trainer, self.config.run.folder, self.iteration, extra, keep=keep)
         self.saved_iteration = self.iteration
 
     def check_mismatch(self, stats: dict[str, float]) -> None:
@@ -79,12 +82,13 @@ class Run:
         """After the last iteration the model is exported; always the report and, if unfinished, the command that resumes."""
         self.serving.leave_kv(for_next_start=not self.is_over)
         if self.is_over:
-            write_model_folder(
-                self.trainer.export_buckets(self.config.weights.bucket_bytes),
-                self.config.run.folder / "hf",
-                source=self.config.model.folder,
-                write=self.master is not None,
-            )
+            with self.serving.readable_weights():
+                write_model_folder(
+                    self.trainer.export_buckets(self.config.weights.bucket_bytes),
+                    self.config.run.folder / "hf",
+                    source=self.config.model.folder,
+                    write=self.master is not None,
+                )
         if self.master:
             self.master.finish(is_over=self.is_over, iteration=self.iteration)
 
@@ -125,8 +129,10 @@ def _open_serving(
 ) -> Serving:
     if config.rollout.engine == "embedded":
         return EmbeddedServing(config, model, ranks, runner, identity=identity)
-    export = partial(trainer.export_buckets, config.weights.bucket_bytes)
-    return SGLangServing(config, model, ranks, runner, export=export if ranks.world_size == 1 else None)
+    export = partial(trainer.export_buckets, config.weights.bucket_bytes) if ranks.world_size == 1 else None
+    shares = config.rollout.sglang.memory_saver and not config.rollout.sglang.urls
+    memory = PhaseMemory(trainer.chunks, trainer.optimizer) if shares else None
+    return SGLangServing(config, model, ranks, runner, export=export, memory=memory)
 
 
 def _nothing() -> None:

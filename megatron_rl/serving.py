@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
 import torch
@@ -39,7 +40,13 @@ class Serving(Protocol):
 
     @property
     def phase_seconds(self) -> dict[str, float]:
-        """What taking turns on the GPU cost last time: `release` and `resume` [s]. Empty where no turns are taken."""
+        """What taking turns on the GPU cost last time: `release` and `resume` of the engines' memory, `onload` and `offload` of
+        the trainer's [s]. Empty where no turns are taken."""
+        ...
+
+    @property
+    def phase_memory(self) -> dict[str, int]:
+        """Metrics: the GPU's memory after each of these [bytes]. Empty without a GPU that is shared."""
         ...
 
     def release(self) -> None:
@@ -49,6 +56,10 @@ class Serving(Protocol):
     def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
         """Collective through `buckets`, so iterated in this thread: a rank without an engine drains them. On rank 0 it
         returns when every engine has reached `version`."""
+        ...
+
+    def readable_weights(self) -> AbstractContextManager[None]:
+        """Inside, between phases, the trainer's weights can be saved or exported, wherever they wait. Collective."""
         ...
 
     def leave_kv(self, *, for_next_start: bool) -> None:
@@ -83,6 +94,13 @@ class EmbeddedServing:
     @property
     def phase_seconds(self) -> dict[str, float]:
         return {}  # its memory comes and goes within one process, in no time
+
+    @property
+    def phase_memory(self) -> dict[str, int]:
+        return {}
+
+    def readable_weights(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def release(self) -> None:
         """KV that the policy keeps is on the host by now."""

@@ -3,9 +3,11 @@
 Every rank takes part in a publish, since gathering the weights is collective; only rank 0 delivers the buckets, to all servers
 at once. With `rollout.sglang.memory_saver` servers and trainer take turns on the GPU (paper 2.6.3), in this order:
 
-    release kv_cache and weights -> train -> resume weights -> deliver -> resume kv_cache
+    release kv_cache and weights -> onload the trainer -> train -> offload gradients and main weights
+        -> resume weights -> deliver -> offload parameters -> resume kv_cache
 
-so that weights of both sides and the KV cache are never there together with gradients. A server's life: `rollout/engines/`.
+so that weights of both sides and the KV cache are never there together with gradients. With servers given by URL the trainer
+stays where it is. How its state moves: `training/phase_memory.py`. A server's life: `rollout/engines/`.
 """
 
 from __future__ import annotations
@@ -13,19 +15,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_rl.config import Config
+from megatron_rl.errors import EngineGoneError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.engines.sglang import Serialize, SGLangEngine, load_weights
 from megatron_rl.rollout.engines.sglang_compat import cuda_ipc_serializer
+from megatron_rl.rollout.engines.sglang_kv import KeepOnServer
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, sglang_program
 from megatron_rl.rollout.engines.sglang_supervisor import SupervisedEngine
 from megatron_rl.training.parallel import Launch
+from megatron_rl.training.phase_memory import PARTS, PhaseMemory
+
+Buckets = Iterable[Sequence[tuple[str, torch.Tensor]]]
+TURNS = ("release", "onload", "offload", "resume")
 
 
 class SGLangServing:
@@ -38,55 +48,77 @@ class SGLangServing:
         launch: Launch,
         runner: asyncio.Runner,
         *,
-        export: Callable[[], Iterable[Sequence[tuple[str, torch.Tensor]]]] | None,
+        export: Callable[[], Buckets] | None,
+        memory: PhaseMemory | None,
         program: Sequence[str] | None = None,
         serialize: Callable[[], Serialize] = cuda_ipc_serializer,
     ) -> None:
         """export: the weights at any time, for a server that has to be started again; None where other ranks would have to
-        take part. program, serialize: what starts a server, and what its payloads are made by."""
+        take part. memory: the trainer's; None where it never goes away. program, serialize: what starts a server, and what its
+        payloads are made by."""
         self._config, self._model, self._runner = config, model, runner
-        self._serialize = serialize
-        self._phase_seconds = {"release": 0.0, "resume": 0.0}
+        self._serialize, self._export, self._memory = serialize, export, memory
+        self.phase_seconds = dict.fromkeys(TURNS if memory else ("release", "resume"), 0.0)
+        self.phase_memory: dict[str, int] = {}
         self._supervised: list[SupervisedEngine] = []
         self._given: list[SGLangEngine] = []
         settings = config.rollout.sglang
+        if memory:
+            memory.offload(*PARTS)  # a server takes its share of what it finds free
+            _wait_for_all_ranks()
         if launch.rank == 0 and settings.urls:
             for i, url in enumerate(settings.urls):
                 self._given.append(runner.run(self._connect(url, name=f"sglang-{i}")))
         elif launch.rank == 0:
+            mended = self._exported if export else None
             for i in range(settings.engines):
                 name = f"sglang-{i}"
                 server = ServerProcess(config, name=name, index=i, program=program or sglang_program())
-                connect = partial(self._connect, name=name)
-                self._supervised.append(SupervisedEngine(server, connect, max_restarts=settings.max_restarts, export=export))
+                connect = partial(self._connect, name=name, server=server)
+                self._supervised.append(SupervisedEngine(server, connect, max_restarts=settings.max_restarts, export=mended))
             try:
                 runner.run(_all(engine.start() for engine in self._supervised))
             except BaseException:
                 self.close()
                 raise
         self.engines: list[Engine] = [*self._supervised, *self._given]
+        if memory:  # for the weights that the run begins with
+            self._all_engines(lambda e: e.release_memory(("kv_cache",)))
+            memory.onload("parameters", "main_weights")
 
     def release(self) -> None:
-        if self._config.rollout.sglang.memory_saver:
-            start = time.perf_counter()
+        if not self._config.rollout.sglang.memory_saver:
+            return
+        self.phase_seconds = dict.fromkeys(self.phase_seconds, 0.0)
+        with self._turn("release", "released"):
             self._runner.run(_all(e.health() for e in self._supervised))  # one that died since its last request is mended
-            self._runner.run(_all(e.release_memory(("kv_cache", "weights")) for e in self._plain))
-            self._phase_seconds["release"] = time.perf_counter() - start
+            self._all_engines(lambda e: e.release_memory(("kv_cache", "weights")))
+        if self._memory:
+            with self._turn("onload", "onloaded"):
+                self._memory.onload(*PARTS)
 
     def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
-        if not self.engines:
+        if self._memory:
+            with self._turn("offload", "trained"):
+                self._memory.offload("gradients", "main_weights")
+                _wait_for_all_ranks()
+        with self._turn("resume", "resumed"):
+            self._all_engines(lambda e: e.resume_memory(("weights",)))
+        if self._memory:
+            self._memory.begin_copy("parameters")  # the link is idle meanwhile
+        if self.engines:
+            self._runner.run(load_weights(self._plain, buckets, version))
+            for engine in self._supervised:
+                engine.loaded(version)
+        else:
             for _ in buckets:
                 pass
-            return
-        seconds = -time.perf_counter()
-        self._runner.run(_all(e.resume_memory(("weights",)) for e in self._plain))
-        seconds += time.perf_counter()
-        self._runner.run(load_weights(self._plain, buckets, version))
-        for engine in self._supervised:
-            engine.loaded(version)
-        seconds -= time.perf_counter()
-        self._runner.run(_all(e.resume_memory(("kv_cache",)) for e in self._plain))
-        self._phase_seconds["resume"] = seconds + time.perf_counter()
+        if self._memory:
+            with self._turn("offload", "published"):
+                self._memory.offload("parameters")
+                _wait_for_all_ranks()
+        with self._turn("resume", "generating"):
+            self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
 
     def adopt_folder(self) -> None:
         """Call the model folder's weights, with which servers start, version 0, without loading anything."""
@@ -94,13 +126,23 @@ class SGLangServing:
         for engine in self._supervised:
             engine.loaded(0)
 
-    @property
-    def phase_seconds(self) -> dict[str, float]:
-        """What the last turns on the GPU took: `release`, and `resume` without the weights' delivery [s]."""
-        return dict(self._phase_seconds)
+    @contextmanager
+    def readable_weights(self) -> Iterator[None]:
+        """With the servers' KV cache out of the way, which is empty at such a time. A dead server is no reason not to save."""
+        if self._memory is None or not self._memory.is_away("parameters"):
+            yield
+            return
+        with suppress(EngineGoneError):
+            self._all_engines(lambda e: e.release_memory(("kv_cache",)))
+        self._memory.onload("parameters", "main_weights")
+        yield
+        self._memory.offload("parameters", "main_weights", changed=False)
+        _wait_for_all_ranks()
+        with suppress(EngineGoneError):
+            self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
 
     def leave_kv(self, *, for_next_start: bool) -> None:
-        """Nothing: a server's KV is not kept, see `capabilities`."""
+        """Nothing: what a server keeps ends with it."""
 
     def close(self) -> None:
         self._runner.run(_all([*(e.close() for e in self._supervised), *(e.close() for e in self._given)]))
@@ -110,11 +152,57 @@ class SGLangServing:
         """Of now: a server started again has another."""
         return [*(supervised.engine for supervised in self._supervised), *self._given]
 
-    async def _connect(self, url: str, *, name: str) -> SGLangEngine:
-        silence_s = self._config.rollout.request_timeout_s
+    @contextmanager
+    def _exported(self) -> Iterator[Buckets]:
+        """For a server started again, in a rollout phase or at its end. Its own KV cache is there, and the parameters have to
+        fit beside it."""
+        assert self._export is not None, "a supervised engine asks only where there is one"
+        if self._memory is None or not self._memory.is_away("parameters"):
+            yield self._export()
+            return
+        self._memory.onload("parameters")
+        try:
+            yield self._export()
+        finally:
+            self._memory.offload("parameters", changed=False)
+
+    @contextmanager
+    def _turn(self, name: str, state: str) -> Iterator[None]:
+        """Counts its seconds, and notes the GPU's memory in the state it leads to."""
+        start = time.perf_counter()
+        yield
+        self.phase_seconds[name] += time.perf_counter() - start
+        if self._memory:
+            found = self._memory.memory()
+            self.phase_memory |= {f"memory/gpu_{kind}_{state}_bytes": value for kind, value in found.items()}
+
+    def _all_engines(self, call: Callable[[SGLangEngine], Coroutine[Any, Any, None]]) -> None:
+        """On rank 0, side by side; the other ranks wait until it is done."""
+        if self._config.rollout.sglang.memory_saver:
+            try:
+                self._runner.run(_all(call(engine) for engine in self._plain))
+            finally:
+                if self._memory:
+                    _wait_for_all_ranks()
+
+    async def _connect(self, url: str, *, name: str, server: ServerProcess | None = None) -> SGLangEngine:
+        """server: the process that answers there, if it is ours."""
+        rollout = self._config.rollout
+        keep = KeepOnServer(server.plugin_folder, rollout.max_kv_age) if server and server.plugin_folder else None
         return await SGLangEngine.connect(
-            url, self._model, self._config.rollout.sglang, name=name, silence_s=silence_s, serialize=self._serialize
+            url,
+            self._model,
+            rollout.sglang,
+            name=name,
+            silence_s=rollout.request_timeout_s,
+            serialize=self._serialize,
+            keep=keep,
         )
+
+
+def _wait_for_all_ranks() -> None:
+    if dist.get_world_size() > 1:
+        dist.barrier()
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, None]]) -> None:

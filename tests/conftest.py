@@ -1,14 +1,16 @@
-"""Fixtures shared by all tests: a tiny tokenizer, and tiny random models from the quickstart's maker."""
+"""Fixtures shared by all tests: a tiny tokenizer, tiny random models from the quickstart's maker, and the zygote."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from tests.zygote import Zygote
 
 torch.set_num_threads(1)
 
@@ -43,3 +45,11 @@ def make_model(quickstart_maker: ModuleType) -> Callable[..., Path]:
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> Path:
     """A random Qwen3 of 2 layers and hidden size 64; read it, never write into it."""
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def zygote(pytestconfig: pytest.Config) -> Iterator[Zygote]:
+    """Runs functions in fresh processes without paying their imports; a little less long than a test may take."""
+    z = Zygote(limit_s=int(pytestconfig.getini("timeout")) - 20)
+    yield z
+    z.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkey
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row]
     assert len(trained) >= 2 and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in trained)
-    assert all(row["time/release_s"] > 0 and row["time/resume_s"] > 0 for row in trained)
+    turns = ("release", "onload", "offload", "resume")
+    assert all(row[f"time/{turn}_s"] > 0 for row in trained for turn in (*turns, "publish"))
     log = (tmp_path / "run" / "log" / "sglang-0.log").read_text()
     assert log.count("--model-path") == 2, "started twice: it died once"
     buffer = ReplayBuffer(tmp_path / "run" / "buffer.sqlite", read_only=True)
@@ -40,15 +42,34 @@ def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkey
     buffer.close()
 
 
+def test_a_run_keeps_kv_in_servers_that_find_the_plugin_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SGLangServing", served_by_fake)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    recipe = write_recipe(tmp_path, iterations=3)
+    keep = ["rollout.kv_policy=keep", "rollout.max_kv_age=2", "rollout.kv_store.host_bytes=1000000"]
+    config = configuration.load(recipe, [f"run.folder={tmp_path / 'run'}", "rollout.engine=sglang", *keep])
+    assert loop.train(config) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["kv/restored_tokens"] for row in rows) > 0 and rows[0]["kv/snapshot_bytes"] > 0
+    assert all(row["kv/restore_failures"] == 0 and row.get("kv/hit_rate", 1) > 0.9 for row in rows)
+    buffer = ReplayBuffer(tmp_path / "run" / "buffer.sqlite", read_only=True)
+    segments = [s for t in buffer.trajectories(range(3 * buffer.num_drawn)) for s in t.segments]
+    buffer.close()
+    assert any((s.kv_versions < s.weight_version).any() for s in segments), "some went on with the KV of older weights"
+    assert not list(tmp_path.glob("mrl-kv-*")), "sockets and settings are gone with the server"
+
+
 @pytest.mark.parametrize(
-    "override, message",
+    "overrides, message",
     [
-        ("rollout.kv_policy=keep", "rollout.kv_policy=keep: an SGLang server drops its KV"),
-        ("rollout.sglang.urls=[http://elsewhere:30000]", "must be on this machine"),
-        ("rollout.sglang.server_arguments={port: 1}", "server_arguments.port: set rollout.sglang.port instead"),
-        ("rollout.sglang.ready_timeout_s=700", "more than rollout.request_timeout_s=600"),
+        (["rollout.kv_policy=keep", "rollout.sglang.urls=[http://127.0.0.1:30000]"], "only servers started by us have"),
+        (["rollout.kv_policy=keep", "rollout.kv_store.drift_samples=2"], "kv_store.drift_samples=2: an SGLang server"),
+        (["rollout.sglang.urls=[http://elsewhere:30000]"], "must be on this machine"),
+        (["rollout.sglang.server_arguments={port: 1}"], "server_arguments.port: set rollout.sglang.port instead"),
+        (["rollout.sglang.ready_timeout_s=700"], "more than rollout.request_timeout_s=600"),
     ],
 )
-def test_settings_that_cannot_work_with_sglang_are_refused(override: str, message: str, tmp_path: Path) -> None:
+def test_settings_that_cannot_work_with_sglang_are_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        configuration.load(write_recipe(tmp_path, iterations=1), ["rollout.engine=sglang", override])
+        configuration.load(write_recipe(tmp_path, iterations=1), ["rollout.engine=sglang", *overrides])

@@ -77,6 +77,7 @@ def set_up(venv: Path, torch_requirement: str) -> None:
         pinned = (REQUIREMENTS / "constraints-cpu.txt").read_text(encoding="utf-8")
         constraints.write_text(f"{pinned}\ntorch=={torch}\n", encoding="utf-8")
         pip(python, "-r", str(REQUIREMENTS / "cpu.txt"), "-c", str(constraints))
+    compile_packages(python)
     print("set-up: [3/3] megatron_rl itself; its C++ kernels are compiled, about a minute", flush=True)
     pip(python, "--no-build-isolation", "--no-deps", "-e", str(PROJECT))
     if importable_torch(python) != torch:
@@ -141,8 +142,15 @@ def output(python: Path, code: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def compile_packages(python: Path) -> None:
+    """To bytecode, on all cores; pip would take one. A file of another Python's syntax fails, and is never imported."""
+    packages = output(python, "import sysconfig; print(sysconfig.get_paths()['purelib'])")
+    subprocess.run([str(python), "-m", "compileall", "-qq", "-j", "0", packages], stdout=subprocess.DEVNULL, check=False)
+
+
 def pip(python: Path, *arguments: str) -> None:
-    run(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--progress-bar", "off", *arguments)
+    quietly = ["--no-compile", "--quiet", "--disable-pip-version-check", "--progress-bar", "off"]
+    run(str(python), "-m", "pip", "install", *quietly, *arguments)
 
 
 def run(*command: str) -> None:

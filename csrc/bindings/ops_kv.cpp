@@ -1,8 +1,11 @@
 // Operators on KV pages: check, fill the params struct of kv/pages.h, choose CPU or CUDA. Faces: megatron_rl/kernels/kv_pages.py
+#include <type_traits>
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include "core/check.h"
 #include "kv/pages.h"
 #ifdef MEGATRON_RL_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -18,11 +21,29 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
+// Only c10's own exceptions reach Python by their names from an operator. The text is whole before c10 sees it: TORCH_CHECK with
+// several arguments would join them with a stream of ours (core/check.h).
+template <class Error = c10::ValueError, class Expected, class Got>
+[[noreturn]] void refuse_argument(const std::string& argument, const Expected& expected, const Got& got) {
+    throw Error({__func__, __FILE__, __LINE__}, refusal("kv_pages", argument, expected, got));
+}
+
+std::string list_of(at::IntArrayRef numbers) {
+    std::string text = "[";
+    for (std::size_t i = 0; i < numbers.size(); ++i) text += (i ? ", " : "") + std::to_string(numbers[i]);
+    return text + "]";
+}
+
+std::string describe(const Tensor& tensor) {
+    return std::string(c10::toString(tensor.scalar_type())) + " " + list_of(tensor.sizes()) + ", strides " +
+           list_of(tensor.strides()) + ", on " + tensor.device().str();
+}
+
 kv::Scheme scheme_named(c10::string_view name) {
     if (name == "none") return kv::Scheme::none;
     if (name == "int8") return kv::Scheme::int8;
-    TORCH_CHECK_VALUE(name == "fp8", "kv_pages: scheme: expected none, int8 or fp8, got ", name);
-    return kv::Scheme::fp8;
+    if (name == "fp8") return kv::Scheme::fp8;
+    refuse_argument("scheme", "none, int8 or fp8", name);
 }
 
 kv::Element element_of(at::ScalarType type) {
@@ -34,17 +55,17 @@ kv::Element element_of(at::ScalarType type) {
 
 // regions: each [pages, a, b, row], its last three dimensions contiguous, all of one shape, stride, dtype and device.
 kv::PagedPool pool_of(TensorList regions, kv::Scheme scheme) {
-    TORCH_CHECK_VALUE(!regions.empty() && regions.size() <= kv::max_regions, "kv_pages: regions: expected 1 to ",
-                      kv::max_regions, ", got ", regions.size());
+    if (regions.empty() || regions.size() > kv::max_regions)
+        refuse_argument("regions", "1 to " + std::to_string(kv::max_regions), regions.size());
     const Tensor& first = regions[0];
-    TORCH_CHECK_VALUE(first.dim() == 4 && first[0].is_contiguous(), "kv_pages: regions: expected [pages, a, b, row] with "
-                      "contiguous pages, got sizes ", first.sizes(), ", strides ", first.strides());
+    if (first.dim() != 4 || first.size(0) == 0 || !first[0].is_contiguous())
+        refuse_argument("regions", "[pages, a, b, row] with contiguous pages, at least one", describe(first));
     kv::PagedPool pool{};
     for (std::size_t i = 0; i < regions.size(); ++i) {
         const Tensor& region = regions[i];
-        TORCH_CHECK_VALUE(region.sizes() == first.sizes() && region.strides() == first.strides() &&
-                          region.scalar_type() == first.scalar_type() && region.device() == first.device(),
-                          "kv_pages: regions: number ", i, " differs from the first in shape, stride, dtype or device");
+        if (region.sizes() != first.sizes() || region.strides() != first.strides() ||
+            region.scalar_type() != first.scalar_type() || region.device() != first.device())
+            refuse_argument("regions[" + std::to_string(i) + "]", "as the first, " + describe(first), describe(region));
         pool.base[i] = static_cast<uint8_t*>(region.data_ptr());
     }
     pool.num_pages = first.size(0);
@@ -54,64 +75,67 @@ kv::PagedPool pool_of(TensorList regions, kv::Scheme scheme) {
     pool.row_elements = static_cast<int32_t>(first.size(3));
     pool.element_bytes = static_cast<int32_t>(first.element_size());
     pool.element = element_of(first.scalar_type());
-    TORCH_CHECK_VALUE(scheme == kv::Scheme::none || (pool.element != kv::Element::opaque && pool.row_elements % 4 == 0 &&
-                                                     pool.row_elements <= kv::max_row_elements),
-                      "kv_pages: scheme: expected a pool of float32, bfloat16 or float16 with rows of a multiple of 4, at most ",
-                      kv::max_row_elements, " elements, got ", first.scalar_type(), " and ", pool.row_elements);
+    const bool fits = pool.element != kv::Element::opaque && pool.row_elements % 4 == 0 && pool.row_elements <= kv::max_row_elements;
+    if (scheme != kv::Scheme::none && !fits)
+        refuse_argument("scheme", "a pool of float32, bfloat16 or float16 with rows of a multiple of 4, at most " +
+                        std::to_string(kv::max_row_elements) + " elements", describe(first));
     return pool;
 }
 
 void check_pages(const char* name, const Tensor& pages, TensorList regions) {
-    TORCH_CHECK_VALUE(pages.dim() == 1 && pages.scalar_type() == at::kLong && pages.is_contiguous() &&
-                      pages.device() == regions[0].device(),
-                      "kv_pages: ", name, ": expected contiguous int64 [n] on ", regions[0].device(), ", got ",
-                      pages.scalar_type(), " ", pages.sizes(), " on ", pages.device());
-}
-
-void check_slab(const Tensor& slab, const Tensor& pages, const kv::PagedPool& pool, kv::Scheme scheme) {
-    const int64_t bytes = kv::slot_bytes(pool, scheme);
-    TORCH_CHECK_VALUE(slab.dim() == 2 && slab.scalar_type() == at::kByte && slab.is_contiguous() && slab.size(0) == pages.size(0) &&
-                      slab.size(1) == bytes && slab.device() == pages.device(),
-                      "kv_pages: slab: expected contiguous uint8 [", pages.size(0), ", ", bytes, "] on ", pages.device(), ", got ",
-                      slab.scalar_type(), " ", slab.sizes(), " on ", slab.device());
+    if (pages.dim() != 1 || pages.scalar_type() != at::kLong || !pages.is_contiguous() || pages.device() != regions[0].device())
+        refuse_argument(name, "contiguous int64 [n] on " + regions[0].device().str(), describe(pages));
 }
 
 // On a CPU a bad page stops the call before anything is written.
 void check_inside(const char* name, const Tensor& pages, const kv::PagedPool& pool) {
     const int64_t* ids = pages.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < pages.size(0); ++i) {
-        TORCH_CHECK_INDEX(ids[i] >= 0 && ids[i] < pool.num_pages, "kv_pages: ", name, "[", i, "]: expected a page in 0 .. ",
-                          pool.num_pages - 1, ", got ", ids[i]);
+        if (ids[i] < 0 || ids[i] >= pool.num_pages)
+            refuse_argument<c10::IndexError>(std::string(name) + "[" + std::to_string(i) + "]",
+                                             "a page in 0 .. " + std::to_string(pool.num_pages - 1), ids[i]);
     }
 }
 
-void kv_gather_cpu(TensorList regions, const Tensor& pages, Tensor out, Tensor, c10::string_view scheme_name, int64_t) {
-    const auto scheme = scheme_named(scheme_name);
+kv::PagedPool pool_with_slab(TensorList regions, const Tensor& pages, const Tensor& slab, kv::Scheme scheme) {
     const auto pool = pool_of(regions, scheme);
     check_pages("pages", pages, regions);
-    check_slab(out, pages, pool, scheme);
-    check_inside("pages", pages, pool);
-    at::parallel_for(0, pages.size(0), 1, [&](int64_t begin, int64_t end) {
-        kv::gather_cpu(pool, scheme, pages.const_data_ptr<int64_t>(), begin, end, out.mutable_data_ptr<uint8_t>());
-    });
+    const int64_t bytes = kv::slot_bytes(pool, scheme);
+    if (slab.dim() != 2 || slab.scalar_type() != at::kByte || !slab.is_contiguous() || slab.size(0) != pages.size(0) ||
+        slab.size(1) != bytes || slab.device() != pages.device())
+        refuse_argument("slab", "contiguous uint8 " + list_of({pages.size(0), bytes}) + " on " + pages.device().str(),
+                        describe(slab));
+    return pool;
 }
 
-void kv_scatter_cpu(TensorList regions, const Tensor& pages, const Tensor& slab, Tensor, c10::string_view scheme_name, int64_t) {
-    const auto scheme = scheme_named(scheme_name);
-    const auto pool = pool_of(regions, scheme);
-    check_pages("pages", pages, regions);
-    check_slab(slab, pages, pool, scheme);
-    check_inside("pages", pages, pool);
-    at::parallel_for(0, pages.size(0), 1, [&](int64_t begin, int64_t end) {
-        kv::scatter_cpu(pool, scheme, pages.const_data_ptr<int64_t>(), begin, end, slab.const_data_ptr<uint8_t>());
-    });
-}
-
-void kv_move_cpu(TensorList regions, const Tensor& sources, const Tensor& targets, Tensor, int64_t) {
+kv::PagedPool pool_with_moves(TensorList regions, const Tensor& sources, const Tensor& targets) {
     const auto pool = pool_of(regions, kv::Scheme::none);
     check_pages("sources", sources, regions);
     check_pages("targets", targets, regions);
-    TORCH_CHECK_VALUE(sources.size(0) == targets.size(0), "kv_pages: targets: expected ", sources.size(0), " pages, got ", targets.size(0));
+    if (sources.size(0) != targets.size(0))
+        refuse_argument("targets", std::to_string(sources.size(0)) + " pages", targets.size(0));
+    return pool;
+}
+
+// Byte is const where a kernel reads the slab (scatter), not where it writes it (gather).
+template <class Byte>
+Byte* bytes_of(const Tensor& slab) {
+    if constexpr (std::is_const_v<Byte>) return slab.const_data_ptr<uint8_t>();
+    else return slab.mutable_data_ptr<uint8_t>();
+}
+
+template <class Byte, void (*kernel)(const kv::PagedPool&, kv::Scheme, const int64_t*, int64_t, int64_t, Byte*)>
+void transfer_cpu(TensorList regions, const Tensor& pages, const Tensor& slab, const Tensor&, c10::string_view name, int64_t) {
+    const auto scheme = scheme_named(name);
+    const auto pool = pool_with_slab(regions, pages, slab, scheme);
+    check_inside("pages", pages, pool);
+    at::parallel_for(0, pages.size(0), 1, [&](int64_t begin, int64_t end) {
+        kernel(pool, scheme, pages.const_data_ptr<int64_t>(), begin, end, bytes_of<Byte>(slab));
+    });
+}
+
+void move_cpu(TensorList regions, const Tensor& sources, const Tensor& targets, const Tensor&, int64_t) {
+    const auto pool = pool_with_moves(regions, sources, targets);
     check_inside("sources", sources, pool);
     check_inside("targets", targets, pool);
     at::parallel_for(0, sources.size(0), 1, [&](int64_t begin, int64_t end) {
@@ -120,38 +144,23 @@ void kv_move_cpu(TensorList regions, const Tensor& sources, const Tensor& target
 }
 
 #ifdef MEGATRON_RL_CUDA
-kv::Launch launch_with(Tensor& faults, int64_t max_blocks) {
+kv::Launch launch_with(const Tensor& faults, int64_t max_blocks) {
     return {faults.mutable_data_ptr<int64_t>(), static_cast<int32_t>(max_blocks), c10::cuda::getCurrentCUDAStream().stream()};
 }
 
-void kv_gather_cuda(TensorList regions, const Tensor& pages, Tensor out, Tensor faults, c10::string_view scheme_name,
-                    int64_t max_blocks) {
+template <class Byte, cudaError_t (*kernel)(const kv::PagedPool&, kv::Scheme, const int64_t*, int64_t, Byte*, const kv::Launch&)>
+void transfer_cuda(TensorList regions, const Tensor& pages, const Tensor& slab, const Tensor& faults, c10::string_view name,
+                   int64_t max_blocks) {
     const c10::cuda::CUDAGuard guard(pages.device());
-    const auto scheme = scheme_named(scheme_name);
-    const auto pool = pool_of(regions, scheme);
-    check_pages("pages", pages, regions);
-    check_slab(out, pages, pool, scheme);
-    C10_CUDA_CHECK(kv::gather_cuda(pool, scheme, pages.const_data_ptr<int64_t>(), pages.size(0), out.mutable_data_ptr<uint8_t>(),
-                                   launch_with(faults, max_blocks)));
+    const auto scheme = scheme_named(name);
+    const auto pool = pool_with_slab(regions, pages, slab, scheme);
+    C10_CUDA_CHECK(kernel(pool, scheme, pages.const_data_ptr<int64_t>(), pages.size(0), bytes_of<Byte>(slab),
+                          launch_with(faults, max_blocks)));
 }
 
-void kv_scatter_cuda(TensorList regions, const Tensor& pages, const Tensor& slab, Tensor faults, c10::string_view scheme_name,
-                     int64_t max_blocks) {
-    const c10::cuda::CUDAGuard guard(pages.device());
-    const auto scheme = scheme_named(scheme_name);
-    const auto pool = pool_of(regions, scheme);
-    check_pages("pages", pages, regions);
-    check_slab(slab, pages, pool, scheme);
-    C10_CUDA_CHECK(kv::scatter_cuda(pool, scheme, pages.const_data_ptr<int64_t>(), pages.size(0), slab.const_data_ptr<uint8_t>(),
-                                    launch_with(faults, max_blocks)));
-}
-
-void kv_move_cuda(TensorList regions, const Tensor& sources, const Tensor& targets, Tensor faults, int64_t max_blocks) {
+void move_cuda(TensorList regions, const Tensor& sources, const Tensor& targets, const Tensor& faults, int64_t max_blocks) {
     const c10::cuda::CUDAGuard guard(sources.device());
-    const auto pool = pool_of(regions, kv::Scheme::none);
-    check_pages("sources", sources, regions);
-    check_pages("targets", targets, regions);
-    TORCH_CHECK_VALUE(sources.size(0) == targets.size(0), "kv_pages: targets: expected ", sources.size(0), " pages, got ", targets.size(0));
+    const auto pool = pool_with_moves(regions, sources, targets);
     C10_CUDA_CHECK(kv::move_cuda(pool, sources.const_data_ptr<int64_t>(), targets.const_data_ptr<int64_t>(), sources.size(0),
                                  launch_with(faults, max_blocks)));
 }
@@ -166,16 +175,16 @@ TORCH_LIBRARY_FRAGMENT(megatron_rl, m) {
 }
 
 TORCH_LIBRARY_IMPL(megatron_rl, CPU, m) {
-    m.impl("kv_gather", kv_gather_cpu);
-    m.impl("kv_scatter", kv_scatter_cpu);
-    m.impl("kv_move", kv_move_cpu);
+    m.impl("kv_gather", transfer_cpu<uint8_t, kv::gather_cpu>);
+    m.impl("kv_scatter", transfer_cpu<const uint8_t, kv::scatter_cpu>);
+    m.impl("kv_move", move_cpu);
 }
 
 #ifdef MEGATRON_RL_CUDA
 TORCH_LIBRARY_IMPL(megatron_rl, CUDA, m) {
-    m.impl("kv_gather", kv_gather_cuda);
-    m.impl("kv_scatter", kv_scatter_cuda);
-    m.impl("kv_move", kv_move_cuda);
+    m.impl("kv_gather", transfer_cuda<uint8_t, kv::gather_cuda>);
+    m.impl("kv_scatter", transfer_cuda<const uint8_t, kv::scatter_cuda>);
+    m.impl("kv_move", move_cuda);
 }
 #endif
 

@@ -15,9 +15,13 @@ std::string text_of(const Value& value) {
 }
 
 template <class Expected, class Got>
+std::string refusal(const char* kernel, const std::string& argument, const Expected& expected, const Got& got) {
+    return std::string(kernel) + ": " + argument + ": expected " + text_of(expected) + ", got " + text_of(got);
+}
+
+template <class Expected, class Got>
 [[noreturn]] void refuse(const char* kernel, const std::string& argument, const Expected& expected, const Got& got) {
-    const std::string text = std::string(kernel) + ": " + argument + ": expected " + text_of(expected) + ", got " + text_of(got);
-    throw std::invalid_argument(text);  // ValueError in Python
+    throw std::invalid_argument(refusal(kernel, argument, expected, got));  // ValueError in Python
 }
 
 }  // namespace megatron_rl

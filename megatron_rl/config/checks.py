@@ -58,6 +58,11 @@ def check(c: Config) -> None:
     _check_algorithm(c.algorithm)
     if r.engine == "sglang":
         _check_sglang(r)
+        if r.sglang.memory_saver and not r.sglang.urls and not t.optimizer.reset:
+            raise ConfigError(
+                "training.optimizer.reset=false: Adam's moments would stay on the GPU while the SGLang server has it; set it to "
+                "true, or rollout.sglang.memory_saver=false where both fit"
+            )
 
 
 def check_training(t: MegatronConfig) -> None:
@@ -131,10 +136,16 @@ _OWN_ARGUMENTS = {
 
 def _check_sglang(r: RolloutConfig) -> None:
     s = r.sglang
-    if r.kv_policy == "keep":
+    if r.kv_policy == "keep" and s.urls:
         raise ConfigError(
-            "rollout.kv_policy=keep: an SGLang server drops its KV when its memory is released; set it to recompute, "
-            "or rollout.engine to embedded"
+            f"rollout.sglang.urls={list(s.urls)}: with rollout.kv_policy=keep a server needs our plugin, which only servers "
+            "started by us have; leave the URLs unset, or set rollout.kv_policy=recompute"
+        )
+    if r.kv_policy == "keep" and (r.kv_store.drift_samples or r.kv_store.spill_folder):
+        name = "drift_samples" if r.kv_store.drift_samples else "spill_folder"
+        raise ConfigError(
+            f"rollout.kv_store.{name}={getattr(r.kv_store, name)}: an SGLang server keeps KV in host memory and measures no "
+            "drift; unset it, or set rollout.engine=embedded"
         )
     for name, key in _OWN_ARGUMENTS.items():
         if name in s.server_arguments:
@@ -176,7 +187,7 @@ def check_model(c: Config, model: ModelConfig) -> None:
     r = c.rollout
     itemsize = 4 if c.model.dtype == "float32" else 2  # the least that `auto` may mean
     page_bytes = 2 * model.num_layers * model.num_kv_heads * r.embedded.page_size * model.head_dim * itemsize
-    if r.kv_policy == "keep" and r.kv_store.host_bytes < page_bytes:
+    if r.kv_policy == "keep" and r.engine == "embedded" and r.kv_store.host_bytes < page_bytes:
         raise ConfigError(
             f"rollout.kv_store.host_bytes={r.kv_store.host_bytes}: one KV page of this model takes {page_bytes} bytes; "
             "raise it, or set rollout.kv_policy=recompute"

@@ -21,7 +21,18 @@ from megatron_rl.report.charts import Line, number
 from megatron_rl.report.run_data import RunData, Trained
 from megatron_rl.types import DropReason, Ending
 
-PHASES = {"rollout": 0, "reward": 4, "reference": 5, "train": 1, "publish": 3, "checkpoint": 7}  # name -> colour
+PHASES = {  # name -> colour, in the order of an iteration; turns on a shared GPU look alike in pairs
+    "rollout": 0,
+    "reward": 4,
+    "release": 6,
+    "onload": 2,
+    "reference": 5,
+    "train": 1,
+    "offload": 2,
+    "resume": 6,
+    "publish": 3,
+    "checkpoint": 7,
+}
 ENDINGS = {Ending.STOP: 2, Ending.LENGTH: 4, Ending.BUDGET: 0, Ending.REPEAT: 6, Ending.ABORT: 7}
 CHARTED = (  # by a card of their own; beginnings of keys
     *("reward/", "length/mean", "tokens/", "trajectories/", "time/", "staleness/", "mismatch/", "drift/"),

@@ -137,19 +137,18 @@ def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return padded, used
 
 
-def rotary_tables(
-    positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, [tokens, 1, head_dim]; positions int64 [tokens], inverse_frequencies float32 [head_dim / 2]."""
+def rotary_tables(positions: torch.Tensor, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 [tokens, 1, head_dim]; positions int64 [tokens], inverse_frequencies float32 [head_dim / 2]."""
     angles = positions[:, None].to(torch.float32) * inverse_frequencies[None]
     angles = torch.cat([angles, angles], -1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [tokens, heads, head_dim]; the two halves of a head are the two coordinates."""
+    """Rotary embedding of x [tokens, heads, head_dim]; the two halves of a head are the two coordinates. In float32,
+    as engines do it: cosines in bfloat16 are off by up to 0.4 %, and log-probs would tell."""
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:

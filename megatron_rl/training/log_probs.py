@@ -101,8 +101,10 @@ def _chunks(num_rows: int, chunk_rows: int) -> list[slice]:
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
     """[rows, real tokens of this rank], float32 or float64, divided by the temperature."""
-    logits = hidden @ weight[: vocabulary.num_real(weight)].T
-    return logits.to(torch.promote_types(hidden.dtype, torch.float32)).div_(vocabulary.temperature)
+    exact, block = torch.promote_types(hidden.dtype, torch.float32), weight[: vocabulary.num_real(weight)].T
+    is_wide = hidden.is_cuda and hidden.dtype != exact  # not rounded to bfloat16: a logit of 20 would be off by up to 0.06
+    logits = torch.mm(hidden, block, out_dtype=exact) if is_wide else (hidden @ block).to(exact)
+    return logits.div_(vocabulary.temperature)
 
 
 def _highest(logits: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:

@@ -41,7 +41,6 @@ class Place:
     context_rank: int
     context_size: int
     device: torch.device
-    dtype: torch.dtype
     inverse_frequencies: torch.Tensor  # float32 [head_dim / 2]
 
 
@@ -55,7 +54,7 @@ def prepare(packed: PackedBatch, index: int, place: Place) -> MicroBatch:
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(place.device)
 
-    cos, sin = rotary_tables(tensor(packed.positions[mine]), place.inverse_frequencies, place.dtype)
+    cos, sin = rotary_tables(tensor(packed.positions[mine]), place.inverse_frequencies)
     plan = plan_attention(packed.branches, num_tokens, place.device)
     return MicroBatch(
         index=index,

@@ -67,6 +67,20 @@ class PolicyOptimizer:
         for group in self._adam.param_groups:
             group["lr"] = lr
 
+    @property
+    def main_weights(self) -> list[torch.Tensor]:
+        """What Adam steps on, on this rank; a float32 model's are its parameters, or views of them."""
+        return [weight for group in self._adam.param_groups for weight in group["params"]]
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """The flat buffers that all gradients are views of."""
+        return [buffer.grad_data for chunk in self.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+    def forget_gradients(self) -> None:
+        """No tensor holds gradients beside the buffers; `zero_grad` comes before they are added up again."""
+        self._megatron.zero_grad()
+
     def zero_grad(self) -> None:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()

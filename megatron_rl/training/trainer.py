@@ -29,7 +29,7 @@ from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import cpu
 from megatron_rl.training.log_probs import Vocabulary, log_probs_and_entropy
 from megatron_rl.training.micro_batch import MicroBatch, Place, prepare
-from megatron_rl.training.model import PolicyModel, build_model, compute_dtype
+from megatron_rl.training.model import PolicyModel, build_model
 from megatron_rl.training.optimizer import PolicyOptimizer
 from megatron_rl.training.packing import PackedBatch, plan
 from megatron_rl.training.parallel import Messages
@@ -76,7 +76,6 @@ class Trainer:
             context_rank=self._context_group.rank(),
             context_size=self._context_group.size(),
             device=cpu.device(),
-            dtype=compute_dtype(config),
             inverse_frequencies=model.inverse_frequencies().to(cpu.device()),
         )
         self._tensor_group = parallel_state.get_tensor_model_parallel_group()

@@ -4,7 +4,8 @@
     deliver (a worker thread)                    | deliver 0     | deliver 1     | deliver 2
 
 Two flat buffers take turns, so that memory beside the weights stays at two buckets (and one more while a tensor-parallel
-gather fills it), however large the model. A buffer is written again only after its delivery was answered. What a delivery
+gather fills it), however large the model. A tensor that fills a bucket alone, such as an embedding, is sent as it lies: no copy.
+A buffer is written again only after its delivery was answered, and no weight changes during a publish. What a delivery
 is, e.g. a CUDA IPC handle in an HTTP call: `rollout/engines/sglang.py`. Where buckets come from: `hf.py`.
 """
 
@@ -58,8 +59,10 @@ class Flattener:
         self._turn = 0
 
     def flatten(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> FlatBucket:
-        """Copied when this returns. Valid until the second next call."""
+        """Complete when this returns. Valid until the second next call."""
         pieces = layout(tensors)
+        if len(tensors) == 1 and tensors[0][1].is_contiguous():
+            return _finished(FlatBucket(tensors[0][1].view(-1).view(torch.uint8), pieces))
         size, device = pieces[-1].stop, tensors[0][1].device
         buffer = self._buffers[self._turn]
         if buffer is None or buffer.numel() < size:
@@ -69,9 +72,14 @@ class Flattener:
         bucket = FlatBucket(buffer[:size], pieces)
         for (_, source), (_, target) in zip(tensors, bucket.tensors(), strict=True):
             target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # the receiver's process knows nothing of this stream
-        return bucket
+        return _finished(bucket)
+
+
+def _finished(bucket: FlatBucket) -> FlatBucket:
+    """The receiver's process knows nothing of this stream."""
+    if bucket.data.device.type == "cuda":
+        torch.cuda.current_stream(bucket.data.device).synchronize()
+    return bucket
 
 
 async def send(buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], deliver: Callable[[FlatBucket], None]) -> int:

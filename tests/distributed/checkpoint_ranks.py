@@ -1,14 +1,11 @@
-"""Two ranks that save, load and export under every layout: `python -m tests.distributed.checkpoint_ranks FOLDER`.
+"""Two ranks that save, load and export under every layout, forked from the zygote.
 
-Forked after the imports, as in `launch.py`. What they find goes to FOLDER/results.pt, judged by `test_checkpoint_layouts.py`.
+What they find goes to FOLDER/results.pt, judged by `test_checkpoint_layouts.py`.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from megatron_rl.weights import atomic, hf, sharded
 from megatron_rl.weights.convert import convert
 from megatron_rl.weights.folder import write_model_folder
 from tests.distributed.launch import place_again
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import Meeting, run_ranks
 from tests.training.material import flat, make_config, make_groups
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -140,9 +137,12 @@ def everywhere(value: Any) -> list[Any]:
     return values
 
 
-def run_rank(rank: int, ports: list[int], folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+def save_and_load(folder: str) -> int:
+    return run_ranks(run_rank, 2, Path(folder))
+
+
+def run_rank(meeting: Meeting, folder: Path) -> None:
+    meeting.prepare()
     parallel.initialize(make_config(folder / "qwen3"))
     results: dict[str, Any] = {"saved": saved(folder)}
     results["continued"] = {name: continued(folder, training) for name, training in LAYOUTS.items()}
@@ -154,29 +154,11 @@ def run_rank(rank: int, ports: list[int], folder: Path) -> None:
     }
     results["failures"] = failures(folder)
     parallel.shutdown()
-    for port, (source, target, to, layout) in zip(
-        ports[1:],
-        (
-            ("qwen2", "converted/megatron", "megatron", LAYOUTS["TP"]),
-            ("converted/megatron", "converted/hf", "hf", LAYOUTS["PP"]),
-        ),
-        strict=True,
+    for source, target, to, layout in (
+        ("qwen2", "converted/megatron", "megatron", LAYOUTS["TP"]),
+        ("converted/megatron", "converted/hf", "hf", LAYOUTS["PP"]),
     ):
-        os.environ["MASTER_PORT"] = str(port)
+        meeting.prepare()
         convert(folder / source, folder / target, to=to, dtype="float32", **layout)
-    if rank == 0:
+    if meeting.rank == 0:
         torch.save(results, folder / "results.pt")
-
-
-def main() -> int:
-    sockets = [socket.socket() for _ in range(3)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return run_ranks(run_rank, [(rank, ports, Path(sys.argv[1])) for rank in range(2)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,10 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from megatron_rl.training import parallel
-from tests.distributed.checkpoint_ranks import LAYOUTS, continued
+from tests.distributed.checkpoint_ranks import LAYOUTS, continued, save_and_load
 from tests.distributed.layouts import make_models
 from tests.training.material import make_config
+from tests.zygote import Zygote
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.checkpoint_ranks", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-6000:]
+def results(folder: Path, zygote: Zygote) -> dict[str, Any]:
+    log = folder / "log"
+    assert zygote.run(save_and_load, folder, log=log) == 0, log.read_text()[-6000:]
     return torch.load(folder / "results.pt", weights_only=False)
 
 

@@ -3,15 +3,12 @@
 Micro-batches are small, so that groups are split over micro-batches and ranks; the one rank takes each step's batch whole.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from megatron_rl.training import parallel
 from megatron_rl.training.packing import plan
+from tests.distributed.launch import train_layouts
 from tests.distributed.layouts import LAYOUTS, MAX_TOKENS, PREFERENCE, config_of, make_models, minibatches, prefer, train
 
 
@@ -23,14 +20,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder):
+def results(folder, zygote):
     """Of all layouts; one launch for each number of ranks, one after the other."""
     found = {}
     for num_ranks in (2, 4):
-        command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.launch", str(num_ranks), str(folder)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
-        assert done.returncode == 0, done.stderr[-6000:]
+        log = folder / f"log_{num_ranks}"
+        assert zygote.run(train_layouts, num_ranks, folder, log=log) == 0, log.read_text()[-6000:]
         found |= torch.load(folder / f"results_{num_ranks}.pt", weights_only=False)
     return found
 

@@ -46,16 +46,27 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
     """One server for all tests here; each connects anew."""
-    path = tmp_path_factory.mktemp("run")
-    overrides = ["rollout.engine=sglang", "rollout.sglang.attention_backend=triton", "rollout.sglang.mem_fraction=0.3", ARGUMENTS]
+    config, process = start_server(folder, tmp_path_factory.mktemp("run"), [])
+    yield config, process
+    run_long(process.stop())
+
+
+def start_server(folder, path, overrides):
+    """(configuration, process); overrides: settings beside those of all tests here."""
+    overrides = [
+        *overrides,
+        "rollout.engine=sglang",
+        "rollout.sglang.attention_backend=triton",
+        "rollout.sglang.mem_fraction=0.3",
+        ARGUMENTS,
+    ]
     overrides += ["rollout.sglang.deterministic=true", "rollout.sglang.stream_interval=4", "model.dtype=bfloat16"]
     config = configuration.load(
         write_recipe(path, iterations=1), [f"run.folder={path / 'run'}", f"model.folder={folder}", *overrides]
     )
     process = ServerProcess(config, name="sglang-0", index=0, program=sglang_program())
     run_long(process.start())
-    yield config, process
-    run_long(process.stop())
+    return config, process
 
 
 def run_long(scenario):

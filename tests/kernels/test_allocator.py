@@ -106,7 +106,7 @@ class AllocatorBesideItsModel(RuleBasedStateMachine):
 
 
 TestAllocatorBesideItsModel = AllocatorBesideItsModel.TestCase
-TestAllocatorBesideItsModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAllocatorBesideItsModel.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.parametrize(

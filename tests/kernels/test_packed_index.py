@@ -37,7 +37,7 @@ def families(draw: st.DrawFn) -> list[list[TrainingSequence]]:
     return [[sequence(100 * f + i, p, mask) for i, mask in enumerate(own)] for f, (p, own) in enumerate(drawn)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(families(), st.integers(1, 16))
 def test_agrees_with_numpy(drawn, multiple):
     found, expected = packed_index.build(drawn, multiple), packed_index_reference.build(drawn, multiple)

@@ -17,7 +17,7 @@ def parts_of(found: list[int], num_parts: int) -> list[list[int]]:
     return [[item for item, part in enumerate(found) if part == p] for p in range(num_parts)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(whole_costs, st.integers(1, 9))
 def test_every_item_has_one_part_and_the_spread_is_no_worse_than_the_plain_algorithms(costs, num_parts):
     found = partition.balanced(costs, num_parts)
@@ -29,7 +29,7 @@ def test_every_item_has_one_part_and_the_spread_is_no_worse_than_the_plain_algor
     assert partition.balanced(costs, num_parts) == found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=10), st.integers(2, 4))
 def test_the_heaviest_part_is_within_the_proven_bound_of_the_exact_answer(costs, num_parts):
     """Largest differencing: at most 4/3 - 1/(3(k - 1)) of the optimum for k >= 3 parts, 7/6 for 2 (Michiels et al., 2007)."""
@@ -47,7 +47,7 @@ def test_known_answers():
     assert partition_reference.spread([8, 7, 6, 5, 4], parts_of(found, 2)) == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 500)), max_size=30), st.integers(1, 50), st.integers(1, 4))
 def test_parts_within_a_capacity_are_few_and_hold_everything_once(items, capacity, multiple):
     sizes, costs = [size for size, _ in items], [cost for _, cost in items]

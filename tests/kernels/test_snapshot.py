@@ -79,7 +79,7 @@ def test_a_copier_sees_what_the_callers_stream_was_given_and_serves_again(device
         assert all(bool((region == turn + 0.5).all()) for region in pool.regions)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sets(st.integers(0, 60)))
 def test_runs_cover_the_slots_in_the_fewest_copies(chosen: set[int]) -> None:
     slots = np.array(sorted(chosen), dtype=np.int64)

@@ -1,16 +1,13 @@
-"""One zygote for all tests of this folder: its imports cost more than a run."""
+"""The zygote of all tests, as runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
+from tests import zygote as forks
 from tests.resume.runs import Zygote
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    z = Zygote()
-    yield z
-    z.close()
+def zygote(zygote: forks.Zygote) -> Zygote:
+    return Zygote(zygote)

@@ -1,6 +1,6 @@
 """kill -9 anywhere, start again with the same command: the run ends as if nothing had happened.
 
-Each run is a fork of one process that has the imports behind it (`zygote.py`). Phases end by exhaustion here
+Each run is a fork of one process that has the imports behind it (`tests/zygote.py`). Phases end by exhaustion here
 (`groups_per_iteration` is out of reach), so what a phase yields does not depend on timing and runs can be compared.
 """
 

@@ -31,7 +31,7 @@ def responses(draw) -> list[int]:
     return tokens
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(responses(), st.integers(1, 7), st.integers(2, 4), st.integers(1, 16))
 def test_fires_exactly_where_the_definition_holds(tokens, max_period, min_repeats, min_tokens):
     detector = RepetitionDetector(max_period, min_repeats, min_tokens)

@@ -1,23 +1,13 @@
-"""What may happen to a process that saves a checkpoint. Reads jobs, one JSON list a line: function, arguments.
-
-Each job runs in a fork of this process, which has paid the imports and started no thread; the answer is its wait status.
-"""
+"""What may happen to a process that saves a checkpoint; `test_checkpoint.py` runs each in a fork of the zygote."""
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import megatron_rl.training.cpu
 from megatron_rl.errors import CheckpointError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import checkpoint, parallel
@@ -59,13 +49,13 @@ def save_and_die(folder: str, run: str, place: str) -> None:
     checkpoint.save(trainer, Path(run), 2, {"iteration": 2}, keep=1)
 
 
-def start_again(folder: str, run: str, current: str) -> None:
+def start_again(folder: str, run: str, current: int) -> None:
     trainer = start(folder)
     newest = checkpoint.latest(Path(run))
     assert newest is not None
     checkpoint.remove_leftovers(Path(run))
     assert all(path.name.startswith("iteration_") for path in newest.parent.iterdir())
-    assert checkpoint.load(trainer, newest) == {"iteration": int(current)}
+    assert checkpoint.load(trainer, newest) == {"iteration": current}
     checkpoint.save(trainer, Path(run), 3, {}, keep=1)
 
 
@@ -83,32 +73,3 @@ def fill_disk(folder: str, run: str) -> None:
     assert list(first.parent.iterdir()) == [first]
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     checkpoint.load(trainer, checkpoint.save(trainer, Path(run), 2, {"iteration": 2}, keep=1))
-
-
-JOBS: dict[str, Callable[..., None]] = {f.__name__: f for f in (save_and_die, start_again, fill_disk)}
-
-
-def run_forked(job: list[str]) -> int:
-    """Wait status: 0, 1 after an exception (its traceback is on stderr), or the signal that killed it."""
-    pid = os.fork()
-    if pid:
-        return os.waitpid(pid, 0)[1]
-    status = 1
-    try:
-        JOBS[job[0]](*job[1:])
-        status = 0
-    finally:
-        if status:
-            traceback.print_exc()
-        os._exit(status)
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    megatron_rl.training.cpu.install()
-    for line in sys.stdin:
-        print(run_forked(json.loads(line)), flush=True)
-
-
-if __name__ == "__main__":
-    main()

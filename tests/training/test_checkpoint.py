@@ -5,9 +5,7 @@ import multiprocessing.process
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,9 @@ from megatron_rl.config import Config
 from megatron_rl.errors import CheckpointError
 from megatron_rl.training import checkpoint
 from megatron_rl.training.trainer import Trainer
+from tests.training.checkpoint_fates import fill_disk, save_and_die, start_again
 from tests.training.material import flat, make_config, make_groups, make_model
+from tests.zygote import Zygote
 
 MakeTrainer = Callable[[Config], Trainer]
 
@@ -126,24 +126,7 @@ def test_a_checkpoint_of_another_model_is_refused(make_trainer: MakeTrainer, tmp
         checkpoint.load(other, path)
 
 
-# -- faults: each child is forked from a process without threads, saves iteration 1, then meets its fate in iteration 2
-
-
-@pytest.fixture(scope="module")
-def fate() -> Iterator[Callable[..., int]]:
-    """Runs a function of `checkpoint_fates.py` in a new process; returns its wait status."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.training.checkpoint_fates"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin and process.stdout
-        requests, answers = process.stdin, process.stdout
-
-        def run(*job: object) -> int:
-            requests.write(json.dumps([str(part) for part in job]) + "\n")
-            requests.flush()
-            return int(answers.readline())
-
-        yield run
-        requests.close()
+# -- faults: each fork saves iteration 1, then meets its fate in iteration 2
 
 
 @pytest.mark.parametrize(
@@ -158,19 +141,20 @@ def fate() -> Iterator[Callable[..., int]]:
     ],
 )
 def test_a_save_killed_anywhere_leaves_one_whole_current_checkpoint(
-    fate: Callable[..., int], tmp_path: Path, place: str, current: int
+    zygote: Zygote, tmp_path: Path, place: str, current: int
 ) -> None:
-    folder = make_model(tmp_path / "model", num_hidden_layers=1)
-    assert os.WTERMSIG(fate("save_and_die", folder, tmp_path, place)) == signal.SIGKILL
+    folder, log = make_model(tmp_path / "model", num_hidden_layers=1), tmp_path / "log"
+    assert zygote.run(save_and_die, folder, tmp_path, place, log=log) == -signal.SIGKILL, log.read_text()
     newest = checkpoint.latest(tmp_path)
     assert newest is not None and newest.name == f"iteration_00000{current}"
     assert any(name.endswith(".partial") for name in names(tmp_path)) == (place != "after the commit")
-    assert fate("start_again", folder, tmp_path, current) == 0
+    assert zygote.run(start_again, folder, tmp_path, current, log=log) == 0, log.read_text()
     assert names(tmp_path) == ["iteration_000003"]
 
 
-def test_a_disk_that_fills_up_is_reported_and_the_old_checkpoint_stays(fate: Callable[..., int], tmp_path: Path) -> None:
-    assert fate("fill_disk", make_model(tmp_path / "model"), tmp_path) == 0
+def test_a_disk_that_fills_up_is_reported_and_the_old_checkpoint_stays(zygote: Zygote, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert zygote.run(fill_disk, make_model(tmp_path / "model"), tmp_path, log=log) == 0, log.read_text()
 
 
 def test_a_disk_too_small_is_noticed_before_anything_is_written(

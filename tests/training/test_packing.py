@@ -48,7 +48,7 @@ layouts = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batches(), layouts)
 def test_every_loss_token_is_trained_exactly_once_with_its_own_facts(sequences, layout):
     packs = [pack for rank in plan(sequences, **layout) for pack in rank]
@@ -67,7 +67,7 @@ def test_every_loss_token_is_trained_exactly_once_with_its_own_facts(sequences, 
     assert set(seen) == {(s.trajectory_id, t) for s in sequences for t in np.flatnonzero(s.loss_mask)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batches(), layouts)
 def test_the_context_of_every_loss_row_is_its_own_prompt_and_the_response_so_far(sequences, layout):
     for pack in (pack for rank in plan(sequences, **layout) for pack in rank):
@@ -85,7 +85,7 @@ def test_the_context_of_every_loss_row_is_its_own_prompt_and_the_response_so_far
             assert pack.token_ids[list(next(iter(contexts[int(row)])))].tolist() == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batches(), layouts)
 def test_ranks_get_equally_many_packs_within_the_limit_and_groups_stay_whole_where_they_fit(sequences, layout):
     ranks = plan(sequences, **layout)

@@ -45,7 +45,7 @@ def megatron_logits(chunk: PolicyModel, token_ids: torch.Tensor) -> torch.Tensor
         weight=1.0,
     )
     ((packed,),) = plan([sequence], max_tokens=64)
-    place = Place(0, 1, cpu.device(), torch.float32, chunk.model_config.inverse_frequencies())
+    place = Place(0, 1, cpu.device(), chunk.model_config.inverse_frequencies())
     b = prepare(packed, 0, place)
     with torch.no_grad():
         hidden = chunk(b.token_ids, None, None, packed_seq_params=b.params)

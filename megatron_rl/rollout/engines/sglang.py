@@ -3,8 +3,9 @@
     generate ---- one task a request (at most `max_concurrent` at the server) ---- POST /generate, server-sent events
              <--- one queue of chunks, or the first error -----------------------
 
-It refuses to keep KV across a weight update (`capabilities.kv_snapshot` is False) and to load weights while requests run.
-Stale KV cannot serve a request: the cache is flushed at every publish, and `extra_key` holds the weight version.
+It refuses to load weights while requests run. Stale KV cannot serve a request: the cache is flushed at every publish, and
+`extra_key` holds the weight version. KV outlives a publish (`capabilities.kv_snapshot`) only in a server that we started with
+our plugin: `sglang_kv.py`.
 Sampling noise is the server's; see `sglang_call.seed_of`. A model's own end-of-text token ends a request whether or not
 it is among the request's stop tokens. One request: `sglang_call.py`. The server's process: `sglang_server.py`; what happens
 when it dies: `sglang_supervisor.py`.
@@ -14,10 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from megatron_rl.config import SGLangConfig
@@ -28,6 +32,7 @@ from megatron_rl.rollout.engines.sglang_call import Call
 from megatron_rl.rollout.engines.sglang_check import WeightCheck
 from megatron_rl.rollout.engines.sglang_compat import check_version
 from megatron_rl.rollout.engines.sglang_http import SGLangClient
+from megatron_rl.rollout.engines.sglang_kv import KeepOnServer, ServerKV, fresh
 from megatron_rl.types import Ending
 from megatron_rl.weights.transport import FlatBucket, send
 
@@ -41,12 +46,11 @@ Serialize = Callable[[FlatBucket], str]
 class SGLangEngine:
     """See `base.Engine`. Made by `connect`. Holds no version of ours until `load_weights` or `adopt`."""
 
-    capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=True, streaming=True)
-
     def __init__(
         self, client: SGLangClient, model: ModelConfig, config: SGLangConfig, serialize: Callable[[], Serialize]
     ) -> None:
         self.name = client.name
+        self.capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=True, streaming=True)
         self.weight_version = -1  # none
         self._client, self._config = client, config
         self._make_serializer = serialize
@@ -54,11 +58,12 @@ class SGLangEngine:
         self._check: WeightCheck | None = None
         self._context_tokens = model.max_positions
         self._num_ranks = config.tensor_parallel
-        self._numbers = itertools.count()
+        self._id, self._numbers = secrets.token_hex(4), itertools.count()  # of its requests
         self._slots = asyncio.Semaphore(config.max_concurrent)
         self._calls: dict[str, Call] = {}  # request id -> those not ended
         self._insisting: set[asyncio.Task[None]] = set()
         self._released: set[str] = set()
+        self._kv: ServerKV | None = None
 
     @classmethod
     async def connect(
@@ -70,14 +75,19 @@ class SGLangEngine:
         name: str,
         silence_s: float,
         serialize: Callable[[], Serialize],
+        keep: KeepOnServer | None = None,
     ) -> SGLangEngine:
-        """An engine over a server that is up. serialize: makes what turns a bucket into the server's payload.
+        """An engine over a server that is up. serialize: makes what turns a bucket into the server's payload. keep: its plugin.
 
-        Raises EngineError for another SGLang version, another model, or nobody there."""
+        Raises EngineError for another SGLang version, another model, nobody there, or a plugin that cannot work."""
         client = SGLangClient(url, name=name, silence_s=silence_s)
         engine = cls(client, model, config, serialize)
         try:
             await engine._introduce(model)
+            if keep is not None:
+                engine._kv = ServerKV(keep, name, engine._num_ranks, silence_s)
+                await engine._kv.introduce()
+                engine.capabilities = replace(engine.capabilities, kv_snapshot=True)
         except EngineError:
             await client.close()
             raise
@@ -85,7 +95,9 @@ class SGLangEngine:
 
     async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Chunk, None]:
         self._refuse(requests)
-        calls = [Call(r, next(self._numbers), self._context_tokens, self._config.stream_interval) for r in requests]
+        origin = self._kv.origin if self._kv else fresh
+        context, interval = self._context_tokens, self._config.stream_interval
+        calls = [Call(r, self._id, next(self._numbers), context, interval, origin(r)) for r in requests]
         self._calls |= {call.rid: call for call in calls}
         queue: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()  # holds at most what the requests may generate
         tasks = [asyncio.create_task(self._run(call, queue)) for call in calls]
@@ -145,14 +157,17 @@ class SGLangEngine:
             self._released -= set(gone)
 
     async def snapshot_kv(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]:
-        """None: their KV is recomputed."""
-        return []
+        """Only with no request running. Without our plugin none: their KV is recomputed."""
+        return await self._kv.snapshot(trajectory_ids) if self._kv else []
 
     async def restore_kv(self, snapshots: Sequence[KVSnapshot]) -> list[bool]:
-        return [False] * len(snapshots)
+        """Only with no request running."""
+        if self._kv is None or "kv_cache" in self._released:
+            return [False] * len(snapshots)
+        return await self._kv.restore(snapshots, self.weight_version, self._flush)
 
     async def kv_usage(self) -> KVUsage:
-        return KVUsage()
+        return self._kv.usage if self._kv else KVUsage()
 
     async def health(self) -> None:
         """Asks for what only a living scheduler can answer, and computes nothing: memory may be released."""
@@ -200,6 +215,8 @@ class SGLangEngine:
     def _end(self, call: Call, queue: asyncio.Queue[Chunk | BaseException], last: Chunk) -> None:
         self._calls.pop(call.rid, None)
         call.ended.set()
+        if self._kv and call.num_cached is not None:
+            self._kv.ended(call.request, call.origin, call.num_cached, np.concatenate([np.zeros(0, np.int32), *call.made]))
         queue.put_nowait(last)
 
     async def _post_aborts(self, calls: Sequence[Call]) -> None:
@@ -250,6 +267,8 @@ class SGLangEngine:
 
     async def _flush(self) -> None:
         await self._client.post(f"/flush_cache?timeout={_IDLE_S:g}", None, self._client.silence_s + _IDLE_S)
+        if self._kv:
+            self._kv.dropped()
 
     def _check_tags(self, tags: Sequence[str]) -> None:
         unknown = sorted(set(tags) - set(_TAGS))

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.engines.base import Chunk, Request
 from megatron_rl.rollout.engines.sglang_compat import CONTEXT_MARGIN, PROMPT_MARGIN, weight_version_of
+from megatron_rl.rollout.engines.sglang_kv import Origin, fresh
 from megatron_rl.types import Ending
 
 _ENDINGS = {"stop": Ending.STOP, "length": Ending.LENGTH, "abort": Ending.ABORT}
@@ -24,11 +25,23 @@ _ENDINGS = {"stop": Ending.STOP, "length": Ending.LENGTH, "abort": Ending.ABORT}
 class Call:
     """State of one request. `rid` has a fixed length: a server aborts all requests whose id begins with the one named."""
 
-    def __init__(self, request: Request, number: int, context_tokens: int, stream_interval: int) -> None:
-        """number: unique among the calls of this engine; context_tokens: the server's context [tokens]."""
-        self.request = request
-        self.rid = f"{request.trajectory_id:012d}-{number:010d}"
+    def __init__(
+        self,
+        request: Request,
+        client: str,
+        number: int,
+        context_tokens: int,
+        stream_interval: int,
+        origin: Origin | None = None,
+    ) -> None:
+        """client: of fixed length, unlike that of any other who asks this server, whose requests may still run there;
+        number: unique among the calls of this client; context_tokens: the server's context [tokens]; origin: of KV that may
+        be found, by default that of the request's own weights."""
+        self.request, self.origin = request, origin or fresh(request)
+        self.rid = f"{request.trajectory_id:012d}-{client}-{number:010d}"
         self.num_received = 0
+        self.num_cached: int | None = None  # context tokens that the server found in its cache; None: it has not said so
+        self.made: list[np.ndarray] = []  # int32 [tokens] of each chunk
         self.is_aborted = False  # somebody asked for it
         self.is_sent = False
         self.ended = asyncio.Event()
@@ -45,7 +58,7 @@ class Call:
             "stream": True,
             "return_logprob": True,
             "logprob_start_len": -1,  # a value of 0 or more would keep the prompt from being found in the cache
-            "extra_key": f"{request.weight_version}/{request.kv_key}",
+            "extra_key": self.origin.cache_key,
             "sampling_params": {
                 "max_new_tokens": self.room,
                 "temperature": sampling.temperature,
@@ -70,14 +83,17 @@ class Call:
         version = weight_version_of(meta)
         if version != str(self.request.weight_version):
             raise EngineError(f"{self._who}: answered under weight version {version}, asked was {self.request.weight_version}")
+        if self.num_cached is None and meta.get("cached_tokens") is not None:
+            self.num_cached = int(meta["cached_tokens"])
         entries = self._new_entries(event, meta)
         tokens = np.array([entry[1] for entry in entries], np.int32)
         log_probs = np.array([entry[0] for entry in entries], np.float32)
-        return self._chunk(tokens, log_probs, int(meta.get("cached_tokens") or 0), ending)
+        self.made.append(tokens)
+        return self._chunk(tokens, log_probs, ending)
 
     def empty(self, ending: Ending) -> Chunk:
         """The last chunk of a request that needs no server."""
-        return self._chunk(np.zeros(0, np.int32), np.zeros(0, np.float32), 0, ending)
+        return self._chunk(np.zeros(0, np.int32), np.zeros(0, np.float32), ending)
 
     @property
     def _who(self) -> str:
@@ -96,9 +112,10 @@ class Call:
         self.num_received = total
         return entries
 
-    def _chunk(self, tokens: np.ndarray, log_probs: np.ndarray, cached: int, ending: Ending | None) -> Chunk:
-        version = self.request.weight_version
-        kv_versions = np.full(len(tokens), version, np.int32)  # `extra_key` keeps pages of other versions away
+    def _chunk(self, tokens: np.ndarray, log_probs: np.ndarray, ending: Ending | None) -> Chunk:
+        version, cached = self.request.weight_version, self.num_cached or 0
+        oldest = int(self.origin.versions[:cached].min(initial=version))  # `extra_key` keeps pages of other versions away
+        kv_versions = np.full(len(tokens), oldest, np.int32)
         return Chunk(self.request.trajectory_id, tokens, log_probs, version, kv_versions, cached, ending)
 
 

@@ -1,14 +1,14 @@
 """What differs between SGLang versions, and the one place that imports SGLang itself.
 
 Tried: 0.5.15. Known of 0.5.23 and handled here: `meta_info.weight_versions` beside `weight_version` (`weight_version_of`).
-SGLang is imported only by `cuda_ipc_serializer`, when weights are first published to a server on the same GPU; the engine
-itself speaks HTTP (`sglang.py`).
+SGLang is imported only by `cuda_ipc_serializer`, when weights are first published to a server on the same GPU, and inside the
+server's own processes (`radix_types`, `sglang_plugin/`); the engine itself speaks HTTP (`sglang.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from packaging.version import InvalidVersion, Version
@@ -41,6 +41,22 @@ def weight_version_of(meta: dict[str, Any]) -> str:
     """The version of the newest token of an answer. From 0.5.23 on there are spans beside the one string."""
     spans = meta.get("weight_versions")
     return str(spans[-1]["version"] if spans else meta["weight_version"])
+
+
+class RadixTypes(NamedTuple):
+    """What the methods of SGLang's prefix cache take."""
+
+    RadixKey: Any
+    MatchPrefixParams: Any
+    InsertParams: Any
+
+
+def radix_types() -> RadixTypes:
+    """Inside a process of the server."""
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    return RadixTypes(RadixKey, MatchPrefixParams, InsertParams)
 
 
 def cuda_ipc_serializer() -> Callable[[FlatBucket], str]:

@@ -7,15 +7,19 @@ mean: `sglang.py`.
 
 from __future__ import annotations
 
+import http.client
 import json
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
 
 from megatron_rl.errors import EngineError, EngineGoneError
 
 _DETAIL = 500  # characters of a server's own words that an error quotes
+_IDLE_S = 2.0  # an idle connection is not used again after this: the server ends its side after 5 s, unasked
+_LINE_BYTES = 1 << 24  # of one event: a server may repeat all tokens so far in each
 
 
 class SGLangClient:
@@ -24,9 +28,11 @@ class SGLangClient:
     def __init__(self, url: str, *, name: str, silence_s: float) -> None:
         """silence_s: longest wait for an answer, or for the next piece of one [s]."""
         self.url, self.name, self.silence_s = url.rstrip("/"), name, silence_s
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._client = httpx.AsyncClient(base_url=self.url, timeout=silence_s, limits=limits, trust_env=False)
-        self._blocking = httpx.Client(base_url=self.url, timeout=silence_s, trust_env=False)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=silence_s, sock_read=silence_s),
+            read_bufsize=_LINE_BYTES,
+        )
 
     async def get(self, path: str, timeout_s: float | None = None) -> Any:
         return await self._call("GET", path, None, timeout_s)
@@ -35,60 +41,67 @@ class SGLangClient:
         return await self._call("POST", path, body, timeout_s)
 
     def post_blocking(self, path: str, body: Any) -> Any:
+        parts = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.netloc, timeout=self.silence_s)
         try:
-            return self._answer(path, self._blocking.post(path, json=body))
-        except httpx.TransportError as e:
+            connection.request("POST", parts.path + path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return self._answer(path, response.status, response.read())
+        except (OSError, http.client.HTTPException) as e:
             raise self._gone(path, e) from e
+        finally:
+            connection.close()
 
     async def stream(self, path: str, body: Any) -> AsyncIterator[Any]:
         """The server-sent events of one POST, until its `[DONE]`."""
         self._check_open(path)
         try:
-            async with self._client.stream("POST", path, json=body) as response:
-                if response.is_error:
-                    await response.aread()
-                    self._answer(path, response)
-                async for line in response.aiter_lines():
-                    if line == "data: [DONE]":
+            async with self._session.post(self.url + path, json=body) as response:
+                if response.status >= 400:
+                    self._answer(path, response.status, await response.read())
+                async for line in response.content:
+                    if line.startswith(b"data: [DONE]"):
                         return
-                    if line.startswith("data: "):
+                    if line.startswith(b"data: "):
                         yield json.loads(line[6:])
-        except httpx.TransportError as e:
+        except (aiohttp.ClientError, TimeoutError) as e:
             raise self._gone(path, e) from e
         raise EngineGoneError(f"engine {self.name} at {self.url}: ended its answer to {path} before its [DONE]; see its log")
 
     async def close(self) -> None:
-        await self._client.aclose()
-        self._blocking.close()
+        await self._session.close()
 
     async def _call(self, method: str, path: str, body: Any, timeout_s: float | None) -> Any:
         self._check_open(path)
+        wait_s = timeout_s or self.silence_s
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=wait_s, sock_read=wait_s)
         try:
-            response = await self._client.request(method, path, json=body, timeout=timeout_s or self.silence_s)
-        except httpx.TransportError as e:
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                return self._answer(path, response.status, await response.read())
+        except (aiohttp.ClientError, TimeoutError) as e:
             raise self._gone(path, e) from e
-        return self._answer(path, response)
 
-    def _answer(self, path: str, response: httpx.Response) -> Any:
+    def _answer(self, path: str, status: int, body: bytes) -> Any:
         """Its JSON, or None where it is plain text."""
         try:
-            content = response.json()
+            content = json.loads(body)
         except ValueError:
             content = None
         refused = isinstance(content, dict) and content.get("success") is False
-        if response.is_error or refused:
-            words = content.get("message") or content.get("error") or content if isinstance(content, dict) else response.text
-            raise EngineError(
-                f"engine {self.name} at {self.url}: refused {path} (HTTP {response.status_code}): {str(words)[:_DETAIL]}"
-            )
+        if status >= 400 or refused:
+            words = content if content is not None else body.decode(errors="replace")
+            if isinstance(content, dict):
+                words = content.get("message") or content.get("error") or content
+            raise EngineError(f"engine {self.name} at {self.url}: refused {path} (HTTP {status}): {str(words)[:_DETAIL]}")
         return content
 
     def _check_open(self, path: str) -> None:
-        if self._client.is_closed:
+        if self._session.closed:
             raise EngineGoneError(f"engine {self.name} at {self.url}: closed before {path}")
 
-    def _gone(self, path: str, error: httpx.TransportError) -> EngineGoneError:
-        if isinstance(error, httpx.TimeoutException):
+    def _gone(self, path: str, error: Exception) -> EngineGoneError:
+        if isinstance(error, TimeoutError):
             return EngineGoneError(
                 f"engine {self.name} at {self.url}: no answer to {path} for {self.silence_s:g} s (rollout.request_timeout_s); "
                 "see its log, or raise the setting"

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from megatron_rl.config import Config, SGLangConfig
 from megatron_rl.errors import EngineError
+from megatron_rl.rollout.engines.sglang_plugin.install import install
 
 _HOST = "127.0.0.1"
 _POLL_S = 0.2
@@ -90,6 +93,7 @@ class ServerProcess:
         self.name = name
         self.log = config.run.folder / "log" / f"{name}.log"
         self.url = ""
+        self.plugin_folder: Path | None = None  # of this start, where the server keeps KV
         self._log_start = 0
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -111,7 +115,7 @@ class ServerProcess:
         command = [*self._program, *arguments(self._config, port, self._index)]
         launch = [sys.executable, "-m", "megatron_rl.rollout.engines.sglang_launch", str(os.getpid()), *command]
         # Log-probs at the sampling temperature, whatever the surroundings say.
-        environment = {**os.environ, "SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
+        environment = {**os.environ, "SGLANG_RETURN_ORIGINAL_LOGPROB": "0", **self._plugin_path()}
         with self.log.open("ab") as log:
             log.write(f"# {' '.join(command)}\n".encode())
             log.flush()
@@ -130,14 +134,24 @@ class ServerProcess:
             raise
         return self.url
 
+    def _plugin_path(self) -> dict[str, str]:
+        """Environment by which the server finds our plugin, where KV is to be kept."""
+        rollout = self._config.rollout
+        if rollout.kv_policy != "keep":
+            return {}
+        self.plugin_folder = install(rollout.kv_store.host_bytes, rollout.kv_store.compression)
+        paths = [str(self.plugin_folder), os.environ.get("PYTHONPATH", "")]
+        return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
     async def _ready(self) -> None:
-        async with httpx.AsyncClient(base_url=self.url, timeout=30.0, trust_env=False) as client:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30.0)) as session:
             while True:
                 if not self.is_running:
                     raise EngineError(f"engine {self.name}: the server {self.epitaph()}")
-                with suppress(httpx.TransportError):
-                    if (await client.get("/health_generate")).status_code == 200:
-                        return
+                with suppress(aiohttp.ClientError, TimeoutError):
+                    async with session.get(f"{self.url}/health_generate") as response:
+                        if response.status == 200:
+                            return
                 await asyncio.sleep(_POLL_S)
 
     def epitaph(self) -> str:
@@ -170,6 +184,8 @@ class ServerProcess:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its children too, whatever became of it
         await asyncio.to_thread(process.wait)
+        if self.plugin_folder is not None:
+            shutil.rmtree(self.plugin_folder, ignore_errors=True)
 
 
 def sglang_program() -> tuple[str, ...]:

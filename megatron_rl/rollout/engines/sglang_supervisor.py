@@ -16,14 +16,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing, suppress
-from dataclasses import replace
+from contextlib import AbstractContextManager, aclosing, suppress
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 
 from megatron_rl.errors import EngineError, EngineGoneError
-from megatron_rl.rollout.engines.base import Chunk, KVSnapshot, KVUsage, Request
+from megatron_rl.rollout.engines.base import Capabilities, Chunk, KVSnapshot, KVUsage, Request
 from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_server import ServerProcess
 from megatron_rl.types import Ending
@@ -36,23 +36,23 @@ Buckets = Iterable[Sequence[tuple[str, torch.Tensor]]]
 class SupervisedEngine:
     """See `base.Engine`. Owns the server's process."""
 
-    capabilities = SGLangEngine.capabilities
-
     def __init__(
         self,
         server: ServerProcess,
         connect: Callable[[str], Awaitable[SGLangEngine]],
         *,
         max_restarts: int,
-        export: Callable[[], Buckets] | None,
+        export: Callable[[], AbstractContextManager[Buckets]] | None,
     ) -> None:
-        """connect: an engine for the server at a URL. export: the trainer's weights at any time; None if it has to be asked
-        collectively. Not started: see `start`."""
+        """connect: an engine for the server at a URL. export: the trainer's weights at any time, valid inside; None if it has
+        to be asked collectively. Not started: see `start`."""
         self.name = server.name
         self.num_restarts = 0
         self._server, self._connect, self._export, self._max_restarts = server, connect, export, max_restarts
         self._engine: SGLangEngine | None = None
+        self.capabilities: Capabilities  # the engine's, known from `start` on
         self.weight_version = -1
+        self._past_usage = KVUsage()  # of engines whose server died
         self._mending = asyncio.Lock()
         self._open: set[int] = set()  # trajectories of running `generate` calls
         self._aborted: set[int] = set()  # of those, the ones a dead server was to abort
@@ -65,6 +65,7 @@ class SupervisedEngine:
     async def start(self) -> None:
         """Raises EngineError when the server cannot be had."""
         self._engine = await self._connect(await self._server.start())
+        self.capabilities = self._engine.capabilities
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
         left = {r.trajectory_id: _Progress(r) for r in requests}
@@ -109,13 +110,22 @@ class SupervisedEngine:
         await self.engine.resume_memory(tags)
 
     async def snapshot_kv(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]:
-        return await self.engine.snapshot_kv(trajectory_ids)
+        """A dead server keeps nothing: its trajectories are computed again. Whoever asks it for more mends it."""
+        try:
+            return await self.engine.snapshot_kv(trajectory_ids)
+        except EngineGoneError as e:
+            log.warning("engine %s keeps no KV: %s", self.name, e)
+            return []
 
     async def restore_kv(self, snapshots: Sequence[KVSnapshot]) -> list[bool]:
-        return await self.engine.restore_kv(snapshots)
+        try:
+            return await self.engine.restore_kv(snapshots)
+        except EngineGoneError as e:
+            log.warning("engine %s has lost its KV: %s", self.name, e)
+            return [False] * len(snapshots)
 
     async def kv_usage(self) -> KVUsage:
-        return await self.engine.kv_usage()
+        return _sum(self._past_usage, await self.engine.kv_usage())
 
     async def health(self) -> None:
         """A server found dead is mended here as well."""
@@ -151,12 +161,14 @@ class SupervisedEngine:
             log.warning("engine %s is started again (%d of %d): %s", self.name, self.num_restarts, self._max_restarts, end)
             await self._server.stop()
             await broken.close()
+            self._past_usage = await self.kv_usage()
             fresh = await self._connect(await self._server.start())
             if self.weight_version >= 0:
                 if self._export is None:
                     await fresh.adopt(self.weight_version)  # version 0 is the model folder, which the server has read
                 else:
-                    await fresh.load_weights(self._export(), self.weight_version)
+                    with self._export() as buckets:
+                        await fresh.load_weights(buckets, self.weight_version)
             self._engine = fresh
 
     def _ending_in_absence(self, progress: _Progress) -> Ending | None:
@@ -184,6 +196,10 @@ class _Progress:
     def has_stopped(self) -> bool:
         last = [tokens[-1] for tokens in self.tokens if len(tokens)]
         return bool(last) and int(last[-1]) in self.request.sampling.stop_token_ids
+
+
+def _sum(a: KVUsage, b: KVUsage) -> KVUsage:
+    return KVUsage(*(getattr(a, f.name) + getattr(b, f.name) for f in fields(KVUsage)))
 
 
 def _last_chunk(request: Request, ending: Ending) -> Chunk:

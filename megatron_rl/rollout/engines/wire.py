@@ -4,7 +4,7 @@
     header  = {"call": number, "message": tree, "arrays": [[dtype, shape], ...]}
 
 Only the dataclasses listed in `_TYPES` can be written or read; nothing is executed while reading. Who sends what, and how
-long one waits, is in `remote.py`.
+long one waits, is in `remote.py`; the part that speaks to the plugin inside an SGLang server, in `sglang_kv.py`.
 """
 
 from __future__ import annotations
@@ -119,11 +119,63 @@ class Alive:
     """Sent between chunks, for call 0: the engine answers, whether or not there are tokens."""
 
 
+@dataclass(frozen=True)
+class AskPlugin:
+    """Answered by PluginState, at any time. The commands below wait until the server is idle."""
+
+
+@dataclass(frozen=True)
+class PluginState:
+    """The plugin of one scheduler process. With a `problem` it keeps nothing, and the sizes are 0."""
+
+    protocol: int
+    rank: int  # of the server's tensor-parallel group
+    num_ranks: int
+    page_size: int  # tokens
+    num_slots: int  # pages that its host memory holds
+    num_slots_used: int
+    num_kept: int  # trajectories
+    problem: str
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """Tokens whose KV a server's prefix cache holds."""
+
+    trajectory_id: int
+    cache_key: str  # the server's `extra_key`
+    token_ids: np.ndarray  # int32 [tokens]
+    num_stored: int  # of the first ones, the plugin's host memory holds what the cache holds
+
+
+@dataclass(frozen=True)
+class SaveKV:
+    """Answered by Counts: tokens of each of `cached` that are in host memory now. What is in neither list is forgotten."""
+
+    cached: list[CachedTokens]
+    keep: list[int]  # trajectories to be left as they are
+
+
+@dataclass(frozen=True)
+class LoadKV:
+    """Answered by Counts: tokens of each trajectory that the prefix cache holds now, all those stored or none."""
+
+    trajectory_ids: list[int]
+    cache_keys: list[str]
+
+
+@dataclass(frozen=True)
+class Counts:
+    num_tokens: list[int]
+    num_bytes: int  # copied
+
+
 _TYPES = {
     kind.__name__: kind
     for kind in (
         (Request, Sampling, Chunk, KVSnapshot, Capabilities, Describe, Description, Generate, Abort, AwaitVersion, ReleaseMemory)
         + (ResumeMemory, SnapshotKV, Snapshots, RestoreKV, Restored, KVUsage, AskKVUsage, Health, Done, Failed, Alive)
+        + (AskPlugin, PluginState, CachedTokens, SaveKV, LoadKV, Counts)
     )
 }
 
@@ -140,11 +192,30 @@ def encode(call: int, message: Any) -> bytes:
 
 async def receive(reader: StreamReader) -> tuple[int, Any]:
     """(call, message) of the next frame. Raises IncompleteReadError at the end of the stream, EngineError for other bytes."""
-    num_header, num_body = _PREFIX.unpack(await reader.readexactly(_PREFIX.size))
+    num_header, num_body = _sizes(await reader.readexactly(_PREFIX.size))
+    header = await reader.readexactly(num_header)
+    return _decode(header, await reader.readexactly(num_body))
+
+
+def parse(data: bytes | bytearray) -> Any:
+    """The message of one frame; None where these are only its first bytes. Raises EngineError for other bytes."""
+    if len(data) < _PREFIX.size:
+        return None
+    num_header, num_body = _sizes(bytes(data[: _PREFIX.size]))
+    body = _PREFIX.size + num_header
+    if len(data) < body + num_body:
+        return None
+    return _decode(bytes(data[_PREFIX.size : body]), bytes(data[body : body + num_body]))[1]
+
+
+def _sizes(prefix: bytes) -> tuple[int, int]:
+    num_header, num_body = _PREFIX.unpack(prefix)
     if num_header > _MAX_HEADER_BYTES:
         raise EngineError(f"engine connection: a header of {num_header} bytes; the other side speaks another protocol")
-    header = await reader.readexactly(num_header)
-    body = await reader.readexactly(num_body)
+    return num_header, num_body
+
+
+def _decode(header: bytes, body: bytes) -> tuple[int, Any]:
     try:
         content = json.loads(header)
         return content["call"], _from_tree(content["message"], _split(body, content["arrays"]))

@@ -1,11 +1,12 @@
 """SGLang 0.5.15 as its HTTP clients see it, on a CPU; its tokens come from our embedded engine.
 
 What is like the original, because it bites: aborts match the beginning of a request id and are lost for an id not yet known;
-a prefix cache by `extra_key` that only a flush empties; flushes refused while requests run; log-probs of all tokens so far in
-every event (`log_probs="all"`, its way without a tokenizer) or of the new ones; a request aborted before its first token
-answers in another form; releasing while busy and resuming what is not released kill the server; a prompt has to stay 6 tokens
-below the context, prompt and response together 2.
-As a program it takes SGLang's arguments and, after `--fake-fault`, a fault: `oom`, `hang`, or a number of events to die after.
+a prefix cache by `extra_key` that only a flush empties (`fake_radix.py`, open to a plugin); flushes refused while requests run;
+log-probs of all tokens so far in every event (`log_probs="all"`, its way without a tokenizer) or of the new ones; a request
+aborted before its first token answers in another form; releasing while busy and resuming what is not released kill the server;
+a prompt has to stay 6 tokens below the context, prompt and response together 2.
+As a program it loads plugins, takes SGLang's arguments and, after `--fake-fault`, a fault: `oom`, `hang`, or a number of events
+to die after.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import asyncio
 import base64
 import hashlib
 import io
-import itertools
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from megatron_rl.weights.transport import FlatBucket
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_http import FakeHTTPServer
+from fake_radix import Scheduler, load_plugins
 
 
 def serialize(bucket: FlatBucket) -> str:
@@ -52,6 +53,7 @@ class FakeSGLang:
         self.weight_version = "default"
         self.released: set[str] = set()
         self.requests: list[dict[str, Any]] = []  # bodies of all that was asked
+        self.kv_weights: list[list[int]] = []  # of each, numbers of the weights that its cached tokens were computed with
         self.ignored_tensors: set[str] = set()  # a fault: updates of these are lost
         self.dies_after: int | None = None  # events
         self.loses_aborts = 0  # a fault: so many aborts are lost
@@ -61,13 +63,28 @@ class FakeSGLang:
         self._model = ModelConfig.from_folder(folder)
         self._engine = EmbeddedEngine(self._model, config=config, dtype=torch.float32, device=torch.device("cpu"))
         self._is_loaded = False
-        self._loads = itertools.count(1)
+        self._load_number = 0
         self._loading = asyncio.Lock()
-        self._tree: dict[str, list[list[int]]] = {}  # extra_key -> token ids whose KV is held
+        self.scheduler = Scheduler()
+        self.scheduler.is_fully_idle = lambda: not self._running
+        self._polling: asyncio.Task[None] | None = None
         self._running: dict[str, int] = {}  # request id -> the embedded engine's
         self._num_events = 0
 
+    def plug(self, start: Callable[[Any], None], poll: Callable[[Any, Any], None]) -> None:
+        """A plugin's hooks: before the scheduler's loop, and in each of its rounds."""
+        start(self.scheduler)
+
+        async def rounds() -> None:
+            while True:
+                poll(self.scheduler, [])
+                await asyncio.sleep(0.002)
+
+        self._polling = asyncio.create_task(rounds())
+
     async def close(self) -> None:
+        if self._polling is not None:
+            self._polling.cancel()
         self.http.die()
         await self._engine.close()
 
@@ -93,10 +110,14 @@ class FakeSGLang:
         if len(ids) + params["max_new_tokens"] > limit or len(ids) > limit - 6:
             yield {"error": {"message": f"{len(ids)} tokens exceed the context length {limit}", "code": 400}}
             return
+        if rid in self._running:
+            yield {"error": {"message": f"Duplicate request ID detected: {rid}", "code": 400}}
+            return
         if self.released:
             raise self.die("CUDA error: an illegal memory access was encountered")
         await self._load()
-        cached = self._match(body["extra_key"], ids)
+        self.kv_weights.append(self.scheduler.weights_of(body["extra_key"], ids[:-1]))  # the last token is always computed
+        cached = len(self.kv_weights[-1])
         request = self._request(body, min(params["max_new_tokens"], limit - 2 - len(ids)))
         self._running[rid] = request.trajectory_id
         made: list[list[Any]] = []  # [log-prob, token, None]
@@ -120,7 +141,7 @@ class FakeSGLang:
                 yield event
         finally:
             self._running.pop(rid, None)
-            self._tree.setdefault(body["extra_key"], []).append([*ids, *(entry[1] for entry in made)][:-1])
+            self.scheduler.compute(body["extra_key"], [*ids, *(entry[1] for entry in made)][:-1], self._load_number)
 
     def _request(self, body: dict[str, Any], max_new_tokens: int) -> Request:
         p = body["sampling_params"]
@@ -132,14 +153,6 @@ class FakeSGLang:
 
     def _waiting_meta(self, rid: str, reason: dict[str, Any]) -> dict[str, Any]:
         return {"id": rid, "finish_reason": reason, "weight_version": self.weight_version, "completion_tokens": 0}
-
-    def _match(self, key: str, ids: list[int]) -> int:
-        """Tokens found in the cache; the last token is always computed."""
-        longest = 0
-        for known in self._tree.get(key, []):
-            pairs = zip(known, ids[:-1], strict=False)
-            longest = max(longest, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        return longest
 
     def _count_event(self) -> None:
         self._num_events += 1
@@ -161,19 +174,20 @@ class FakeSGLang:
         """The embedded engine takes all weights at once; SGLang overwrites them one by one."""
         async with self._loading:
             if not self._is_loaded:
-                await self._engine.load_weights([list(self.weights.items())], next(self._loads))
+                self._load_number += 1
+                await self._engine.load_weights([list(self.weights.items())], self._load_number)
                 self._is_loaded = True
 
     async def _on_update_weights_from_tensor(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
-        assert body["load_format"] == "flattened_bucket" and len(body["serialized_named_tensors"]) == 1
+        assert body["load_format"] in (None, "flattened_bucket") and len(body["serialized_named_tensors"]) == 1
         payload = torch.load(io.BytesIO(base64.b64decode(body["serialized_named_tensors"][0])), weights_only=True)
-        for name, shape, dtype, start, stop in payload["metadata"]:
+        for name, tensor in payload["named_tensors"] if body["load_format"] is None else _views(payload):
             held = self.weights.get(name)
-            if held is None or tuple(held.shape) != tuple(shape):
+            if held is None or held.shape != tensor.shape:
                 found = None if held is None else list(held.shape)
-                return 400, {"success": False, "message": f"{name}: loaded {list(shape)}, the parameter has {found}"}
+                return 400, {"success": False, "message": f"{name}: loaded {list(tensor.shape)}, the parameter has {found}"}
             if name not in self.ignored_tensors:
-                self.weights[name] = payload["flattened_tensor"][start:stop].view(getattr(torch, dtype)).view(shape).clone()
+                self.weights[name] = tensor.clone()
         self._is_loaded = False
         if body["flush_cache"] and not self._flush():
             raise self.die("Cache flush failed after updating weights")
@@ -198,18 +212,19 @@ class FakeSGLang:
         deadline = asyncio.get_running_loop().time() + float(query.get("timeout", 0))
         while not self._flush() and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.01)
-        return (200, "Cache flushed.") if not self._tree else (400, "Flush cache failed.")
+        return (200, "Cache flushed.") if not self._running else (400, "Flush cache failed.")
 
     def _flush(self) -> bool:
         if not self._running:
-            self._tree.clear()
+            self.scheduler.flush_cache()
         return not self._running
 
     async def _on_release_memory_occupation(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
         if self._running:
             raise self.die("release_memory_occupation should be called only when server is idle.")
         self.released |= set(body["tags"])
-        self._flush()
+        if "kv_cache" in body["tags"]:
+            self.scheduler.release()
         if "weights" in body["tags"]:
             self.weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in self.weights.items()}
             self._is_loaded = False
@@ -233,6 +248,12 @@ class FakeSGLang:
         return 200, None
 
 
+def _views(payload: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a flattened bucket."""
+    for name, shape, dtype, start, stop in payload["metadata"]:
+        yield name, payload["flattened_tensor"][start:stop].view(getattr(torch, dtype)).view(shape)
+
+
 async def main(arguments: list[str]) -> None:
     values = dict(zip(arguments, arguments[1:], strict=False))
     fault = values.get("--fake-fault", "")
@@ -244,6 +265,8 @@ async def main(arguments: list[str]) -> None:
         server.dies_after = None if marker.exists() else int(fault)
         marker.touch()
     server.on_death = lambda: os._exit(3)
+    if hooks := {target.rsplit(".", 1)[1]: hook for target, hook in load_plugins().items()}:
+        server.plug(hooks["run_event_loop"], hooks["process_input_requests"])
     if fault == "hang":
         server._on_health_generate = lambda query, body: asyncio.Event().wait()  # type: ignore[method-assign]
     await server.http.listen(int(values["--port"]))

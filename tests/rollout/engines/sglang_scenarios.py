@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import shutil
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import fake_radix
 from fake_sglang import FakeSGLang, serialize
 
 from megatron_rl.config import SGLangConfig
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.engines.sglang import SGLangEngine
+from megatron_rl.rollout.engines.sglang_kv import KeepOnServer
+from megatron_rl.rollout.engines.sglang_plugin.install import PluginSettings, install
+from megatron_rl.rollout.engines.sglang_plugin.plugin import KVPlugin
 
 
 @dataclass
@@ -23,25 +30,40 @@ class Served:
 
 
 async def connect(url: str, folder: Path, **options: Any) -> SGLangEngine:
-    """options: fields of SGLangConfig, and `silence_s`."""
-    silence_s = options.pop("silence_s", 30.0)
+    """options: fields of SGLangConfig, `silence_s`, and `keep`."""
+    silence_s, keep = options.pop("silence_s", 30.0), options.pop("keep", None)
     config = SGLangConfig(**{"stream_interval": 4, **options})
     return await SGLangEngine.connect(
-        url, ModelConfig.from_folder(folder), config, name="sglang-0", silence_s=silence_s, serialize=lambda: serialize
+        url, ModelConfig.from_folder(folder), config, name="sglang-0", silence_s=silence_s, serialize=lambda: serialize, keep=keep
     )
+
+
+@contextmanager
+def plugin(*, max_age: int = 1, host_bytes: int = 1 << 20) -> Iterator[tuple[KeepOnServer, KVPlugin]]:
+    """What an engine is told of a plugin, and the plugin."""
+    folder = install(host_bytes, "none")
+    with mock.patch.dict(sys.modules, fake_radix.modules()):
+        yield KeepOnServer(folder, max_age), KVPlugin(PluginSettings(str(folder), host_bytes, "none"))
+    shutil.rmtree(folder)
 
 
 @asynccontextmanager
 async def fake_server(
     folder: Path, *, before: Callable[[FakeSGLang], None] = lambda fake: None, **options: Any
 ) -> AsyncIterator[Served]:
-    """A fake server at weight version 0. before: sets its faults; options: of EmbeddedConfig, SGLangConfig and FakeSGLang."""
+    """A fake server at weight version 0. before: sets its faults; options: of EmbeddedConfig, SGLangConfig and FakeSGLang, and
+    with `max_age` or `host_bytes` those of `plugin`."""
+    kept = {key: options.pop(key) for key in list(options) if key in ("max_age", "host_bytes")}
     ours = {key: options.pop(key) for key in list(options) if key in SGLangConfig.model_fields or key == "silence_s"}
     fake = FakeSGLang(folder, **options)
     before(fake)
     url = await fake.http.listen()
     engine = None
+    stack = ExitStack()
     try:
+        if kept:
+            ours["keep"], inside = stack.enter_context(plugin(**kept))
+            fake.plug(inside.start, inside.poll)
         engine = await connect(url, folder, **ours)
         await engine.adopt(0)
         yield Served(fake, engine, url)
@@ -49,3 +71,4 @@ async def fake_server(
         if engine is not None:
             await engine.close()
         await fake.close()
+        stack.close()

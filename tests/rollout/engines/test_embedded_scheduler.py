@@ -128,7 +128,7 @@ def test_a_trajectory_that_goes_on_from_within_a_shared_page_gets_its_own_copy()
     assert scheduler.retained[0].pages[1] != shared == scheduler.retained[1].pages[1]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_mix_of_requests_aborts_and_new_weights_ends_without_leak_or_wrong_kv(data):
     num_usable = data.draw(st.integers(8, 40))

@@ -50,6 +50,12 @@ async def opened_sglang(folder, **options) -> AsyncIterator[tuple]:
         yield server.engine, server.engine
 
 
+@asynccontextmanager
+async def opened_sglang_with_plugin(folder, *, kv_folder, max_age=1) -> AsyncIterator[tuple]:
+    async with opened_sglang(folder, max_age=max_age) as engines:
+        yield engines
+
+
 @pytest.fixture(params=[opened_embedded, opened_remote, opened_sglang], ids=["embedded", "remote", "sglang"])
 def opened(request):
     return request.param
@@ -58,6 +64,12 @@ def opened(request):
 @pytest.fixture(params=[opened_embedded, opened_remote], ids=["embedded", "remote"])
 def opened_with_kv(request):
     """Engines whose KV can be kept, snapshot and restored."""
+    return request.param
+
+
+@pytest.fixture(params=[opened_embedded, opened_remote, opened_sglang_with_plugin], ids=["embedded", "remote", "sglang"])
+def opened_with_kept_kv(request):
+    """Engines whose KV outlives the release of its memory."""
     return request.param
 
 
@@ -192,6 +204,37 @@ def test_keeping_kv_reuses_it_and_records_its_version(opened_with_kv, folder, tm
             assert (other.cached_tokens, other.kv_versions.tolist()) == (0, [1] * 5), "old KV serves its own trajectory only"
             assert (second.cached_tokens, second.kv_versions.tolist(), second.weight_version) == (16, [0] * 6, 1)
             assert (third.cached_tokens, third.kv_versions.tolist()) == (0, [2] * 6), "two versions behind is too old"
+
+    run(scenario())
+
+
+def test_kv_kept_over_a_training_phase_serves_its_own_trajectory_only_until_it_is_too_old(opened_with_kept_kv, folder, tmp_path):
+    async def training_phase(engine, embedded, version):
+        snapshots = await engine.snapshot_kv([0, 77])
+        await engine.release_memory(["kv_cache"])
+        assert await engine.restore_kv(snapshots) == [False], "nowhere to put it"
+        await publish(engine, embedded, folder, version, factor=1 + version / 100)
+        await engine.resume_memory(["kv_cache"])
+        assert await engine.restore_kv([replace(s, fingerprint="no") for s in snapshots]) == [False]
+        return [(len(s.token_ids), s.kv_versions.tolist()) for s in snapshots], await engine.restore_kv(snapshots)
+
+    async def scenario():
+        async with opened_with_kept_kv(folder, kv_folder=tmp_path, max_age=1) as (engine, embedded):
+            assert engine.capabilities.kv_snapshot
+            context = prompt(0, 11)
+            first = (await collect(engine, [request(0, context, 6, seed=1)]))[0]
+            assert await training_phase(engine, embedded, 1) == ([(16, [0] * 16)], [True])
+            context += first.token_ids.tolist()
+            other = (await collect(engine, [request(9, context, 5, weight_version=1, kv_key="alone 0")]))[9]
+            second = (await collect(engine, [request(0, context, 6, seed=1, weight_version=1)]))[0]
+            assert (other.cached_tokens, other.kv_versions.tolist()) == (0, [1] * 5)
+            assert (second.cached_tokens, second.kv_versions.tolist(), second.weight_version) == (16, [0] * 6, 1)
+            described, in_place = await training_phase(engine, embedded, 2)
+            assert [n for n, _ in described] == [22] and in_place == [False], "two versions behind is too old"
+            context += second.token_ids.tolist()
+            third = (await collect(engine, [request(0, context, 6, seed=1, weight_version=2)]))[0]
+            assert (third.cached_tokens, third.kv_versions.tolist()) == (0, [2] * 6)
+            assert (await engine.kv_usage()).snapshot_bytes > 0
 
     run(scenario())
 

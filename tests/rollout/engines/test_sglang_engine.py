@@ -49,7 +49,7 @@ def event(tokens, total, *, listed, ids=None, ending=None):
 @given(tokens=st.lists(st.integers(0, 99), min_size=1, max_size=20), cuts=st.sets(st.integers(1, 19)), data=st.data())
 def test_tokens_are_read_once_and_in_order_whatever_the_form_of_the_events(tokens, cuts, data):
     """Whole lists, lists that have grown since, new entries only, merged events, and the last token repeated by an abort."""
-    call = Call(request(0, [1, 2], 50, weight_version=3), 0, 256, 1)
+    call = Call(request(0, [1, 2], 50, weight_version=3), "client-0", 0, 256, 1)
     call.is_aborted = True
     found, known = [], 0
     for cut in [*sorted(c for c in cuts if c < len(tokens)), len(tokens)]:
@@ -77,8 +77,8 @@ def test_tokens_are_read_once_and_in_order_whatever_the_form_of_the_events(token
     ],
 )
 def test_an_answer_that_cannot_be_right_is_an_error_that_names_the_request(bad, message):
-    call = Call(request(7, [1, 2], 50, weight_version=3), 4, 256, 1)
-    with pytest.raises(EngineError, match=f"trajectory 7 .request 000000000007-0000000004.: .*{message}"):
+    call = Call(request(7, [1, 2], 50, weight_version=3), "client-0", 4, 256, 1)
+    with pytest.raises(EngineError, match=f"trajectory 7 .request 000000000007-client-0-0000000004.: .*{message}"):
         call.chunk(bad)
 
 
@@ -164,7 +164,7 @@ def test_what_is_asked_of_the_server(folder):
     ids = [body["rid"] for body in bodies]
     assert len({len(rid) for rid in ids}) == 1 and len(set(ids)) == len(ids), "of one length: no id begins with another"
     first = bodies[0]
-    assert first["return_logprob"] and first["logprob_start_len"] == -1 and first["extra_key"] == "0/p"
+    assert first["return_logprob"] and first["logprob_start_len"] == -1 and first["extra_key"] == "0/0/p"
     assert first["sampling_params"]["top_k"] == -1 and first["sampling_params"]["stop_token_ids"] == [4]
     assert bodies[0]["sampling_params"]["sampling_seed"] != bodies[1]["sampling_params"]["sampling_seed"]
     assert (again.cached_tokens, other.cached_tokens) == (8, 0)
@@ -181,11 +181,20 @@ def scaled(folder, factor):
 def test_flat_buckets_are_views_of_two_buffers_that_take_turns():
     tensors = [("a", torch.arange(5.0)), ("b", torch.arange(3, dtype=torch.bfloat16)), ("c", torch.full((2, 2), 7.0))]
     flattener = Flattener()
-    first, second, third = (flattener.flatten(t) for t in (tensors, tensors[:1], tensors[1:]))
+    first, second, third = (flattener.flatten(t) for t in (tensors, tensors[:2], tensors[1:]))
     assert first.data.data_ptr() == third.data.data_ptr() != second.data.data_ptr()
     assert [p.start % 16 for p in first.pieces] == [0, 0, 0]
     for (name, found), (wanted, tensor) in zip(third.tensors(), tensors[1:], strict=True):
         assert name == wanted and found.dtype == tensor.dtype and torch.equal(found, tensor)
+
+
+def test_a_tensor_that_is_a_bucket_alone_is_not_copied():
+    whole = torch.arange(24, dtype=torch.bfloat16).view(6, 4)
+    flattener = Flattener()
+    (name, sent), *none = flattener.flatten([("rows", whole[2:])]).tensors()
+    assert (name, none) == ("rows", []) and torch.equal(sent, whole[2:]) and sent.data_ptr() == whole[2:].data_ptr()
+    ((_, sent),) = flattener.flatten([("columns", whole[:, 1:])]).tensors()
+    assert torch.equal(sent, whole[:, 1:]) and sent.data_ptr() != whole[:, 1:].data_ptr()
 
 
 def test_a_published_version_is_what_is_sampled_and_no_older_cache_serves_it(folder):

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def settings(folder, run_folder, **options):
     """What a server is started from; only these sections are read."""
     sglang = SGLangConfig(**{"ready_timeout_s": 50, **options})
     return SimpleNamespace(
-        rollout=SimpleNamespace(sglang=sglang),
+        rollout=SimpleNamespace(sglang=sglang, kv_policy="recompute"),
         model=SimpleNamespace(folder=folder, dtype="float32"),
         run=SimpleNamespace(folder=run_folder, seed=0),
     )
@@ -57,7 +57,8 @@ async def supervised(folder, run_folder, *, export=None, max_restarts=1, version
             await engine.engine.adopt(0)
             engine.loaded(0)
         else:
-            await engine.load_weights(export(), version)
+            with export() as buckets:
+                await engine.load_weights(buckets, version)
         yield engine
     finally:
         await engine.close()
@@ -76,7 +77,7 @@ def test_requests_of_a_dead_server_go_on_where_they_were_under_the_same_weights(
             return await collect(s.engine, requests)
 
     async def disturbed():
-        options = {"server_arguments": {"fake_fault": 20}, "export": lambda: changed(folder), "version": 2}
+        options = {"server_arguments": {"fake_fault": 20}, "export": lambda: nullcontext(changed(folder)), "version": 2}
         async with supervised(folder, tmp_path / "run", **options) as engine:
             found = await collect(engine, requests)
             return found, engine.num_restarts

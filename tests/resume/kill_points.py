@@ -1,17 +1,13 @@
-"""Starts many short runs from one process that has paid the imports once.
+"""The training loop in a fork of the zygote, killed or told to stop at a point of its work.
 
-Reads one JSON job a line, {"config": path, "overrides": [...], "kill": point | null, "log": path}; forks; in the child
-arms the kill point and runs the training loop; answers with the child's wait status. A kill point sends this very process
-SIGKILL, so nothing of ours gets a chance to clean up.
+A kill point sends this very process SIGKILL, so nothing of ours gets a chance to clean up.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -65,16 +61,6 @@ def kill_in_publish() -> None:
     Trainer.export_buckets = export_buckets  # type: ignore[method-assign]
 
 
-def run_job(job: dict[str, Any], points: dict[str, Callable[[], None]]) -> None:
-    logging.basicConfig(level=logging.INFO)
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    if job["kill"]:
-        points[job["kill"]]()
-    os._exit(loop.train(configuration.load(job["config"], job["overrides"])))
-
-
 POINTS: dict[str, Callable[[], None]] = {
     "generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=60),
     "told to stop while generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=80, end=stop),
@@ -89,15 +75,8 @@ POINTS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            run_job(job, POINTS)
-        _, status = os.waitpid(child, 0)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def train(config: str, overrides: list[str], kill: str | None) -> int:
+    logging.basicConfig(level=logging.INFO)
+    if kill:
+        POINTS[kill]()
+    return loop.train(configuration.load(config, overrides))
