@@ -9,23 +9,24 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import rich
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 from rich.text import Text
-from typer.core import TyperCommand
 
 from megatron_rl import config as configuration
-from megatron_rl.config import Config
+from megatron_rl.cli_tables import listing, scores_table, sets_table, wide_console
+from megatron_rl.config import Config, DPOConfig, SFTConfig
 from megatron_rl.errors import ConfigError, MegatronRLError
 
-HELP_WIDTH = 130  # of the settings where the output is no terminal
+if TYPE_CHECKING:
+    from megatron_rl.rejection import Rules
 
 app = typer.Typer(
     help="Reinforcement learning of language models with partial rollouts: Kimi k1.5 on Megatron-Core.",
@@ -59,9 +60,10 @@ class Form(StrEnum):
     MEGATRON = "megatron"
 
 
-class Kind(StrEnum):
-    SFT = "sft"
-    DPO = "dpo"
+class Keep(StrEnum):
+    SHORTEST = "shortest"
+    FIRST = "first"
+    ALL = "all"
 
 
 class Dtype(StrEnum):
@@ -69,33 +71,24 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-class SettingsCommand(TyperCommand):
-    """A command whose help ends with every setting of the config file."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        console = Console()
-        if not console.is_terminal:
-            console.width = HELP_WIDTH
-        console.print(
-            "[bold]Settings[/] of the config file, with units in brackets. [bold]ours[/]: the paper leaves the default open."
-        )
-        console.print(settings_table())
-
-
-@app.command(cls=SettingsCommand)
+@app.command(cls=listing(Config))
 def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Train as CONFIG says; a run that was interrupted goes on where it stopped."""
     settings = configuration.load(config, overrides)
     _start_logging()
     from megatron_rl.loop import train as run
 
-    try:
-        code = run(settings)
-    except KeyboardInterrupt as e:
-        rich.print("interrupted; the same command goes on from the last checkpoint and loses no finished token", file=sys.stderr)
-        raise typer.Exit(130) from e
-    raise typer.Exit(code)
+    _exit_with(lambda: run(settings), "and loses no finished token")
+
+
+@app.command(cls=listing(SFTConfig))
+def sft(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Fine-tune on conversations, loss on the assistant's tokens; an interrupted run goes on from its last checkpoint."""
+    settings = configuration.load_supervised(SFTConfig, config, overrides)
+    _start_logging()
+    from megatron_rl.supervised.sft import sft as run
+
+    _exit_with(lambda: run(settings))
 
 
 @app.command("eval")
@@ -119,7 +112,7 @@ def evaluate(
 ) -> None:
     """Score a model on the prompts that training never draws, or on a set: a table on stderr, one JSON object on stdout."""
     if list_sets:
-        _wide_console().print(sets_table())
+        wide_console().print(sets_table())
         return
     is_bare = config is not None and config.is_dir()
     if config is None or (is_bare and not questions):
@@ -169,6 +162,26 @@ def curate(
     typer.echo(json.dumps(decide(settings, model or settings.model.folder, out, rules)))
 
 
+@app.command("sft-data")
+def sft_data(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="folder to write; an interrupted sampling goes on there")],
+    overrides: OverridesArgument = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="responses for each prompt")] = 8,
+    keep: Annotated[Keep, typer.Option(help="which of a prompt's right responses")] = Keep.FIRST,
+    most: Annotated[int, typer.Option(min=1, help="of one prompt at most, unless all are kept")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="a longer response is not kept [tokens]")] = None,
+    bare: Annotated[
+        bool, typer.Option("--bare", help="write the questions without data.system_message and data.worked_turns")
+    ] = False,
+) -> None:
+    """Sample responses to the training prompts and write the right ones as data for sft."""
+    from megatron_rl.rejection import Rules
+
+    _write_data(config, overrides, model, out, Rules(samples, keep.value, most, max_tokens, bare))
+
+
 @long2short.command()
 def merge(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Hugging Face model folders of one shape")],
@@ -183,21 +196,27 @@ def merge(
 
 
 @long2short.command()
-def select(
+def reject(
     config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="folder to write: sft.jsonl and pairs.jsonl; an interrupted sampling goes on there")],
     overrides: OverridesArgument = None,
-    kind: Annotated[Kind, typer.Option(help="sft: the shortest right response; dpo: it, against longer ones")] = Kind.SFT,
     model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
     samples: Annotated[int, typer.Option(min=2, help="responses for each prompt (paper 2.4)")] = 8,
-    out: Annotated[Path, typer.Option(help="JSONL file to write")] = Path("selection.jsonl"),
 ) -> None:
-    """Sample responses to the training prompts and keep what long2short trains on."""
-    settings = configuration.load(config, overrides)
-    _start_logging()
-    from megatron_rl.long2short.selection import write_selection
+    """Sample responses to the training prompts; keep the shortest right one for sft, and it against longer ones for dpo."""
+    from megatron_rl.rejection import Rules
 
-    counts = write_selection(settings, model or settings.model.folder, out, kind=kind.value, samples=samples)
-    typer.echo(f"{out}: {counts['lines']} lines from {counts['prompts']} prompts")
+    _write_data(config, overrides, model, out, Rules(samples=samples, keep="shortest", pairs=True))
+
+
+@long2short.command(cls=listing(DPOConfig))
+def dpo(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train on preference pairs; an interrupted run goes on from its last checkpoint."""
+    settings = configuration.load_supervised(DPOConfig, config, overrides)
+    _start_logging()
+    from megatron_rl.long2short.dpo import dpo as run
+
+    _exit_with(lambda: run(settings))
 
 
 @long2short.command()
@@ -270,7 +289,7 @@ def inspect(
 
     if trajectory is not None and group is not None:
         raise ConfigError("--trajectory and --group: give one of them")
-    console = _wide_console()
+    console = wide_console()
     if trajectory is not None:
         show_trajectory(run, trajectory, console)
     elif group is not None:
@@ -283,8 +302,11 @@ def inspect(
 def report(run: RunArgument) -> None:
     """Write RUN/report.html anew, also while the run goes on."""
     from megatron_rl.report.html import write_report
+    from megatron_rl.report.supervised import write_supervised_report
+    from megatron_rl.run_folder import kind_of
 
-    typer.echo(str(write_report(run)))
+    write = write_report if kind_of(run) == Config.kind else write_supervised_report
+    typer.echo(str(write(run)))
 
 
 @app.command()
@@ -298,46 +320,8 @@ def doctor(
     from megatron_rl.doctor import State, examine, show
 
     findings = examine(config, overrides)
-    show(findings, _wide_console())
+    show(findings, wide_console())
     raise typer.Exit(1 if any(f.state is State.MISSING for f in findings) else 0)
-
-
-def scores_table(result: dict[str, Any]) -> Table:
-    """What one evaluation found."""
-    table = Table("", "mean", "95 % interval", box=None, pad_edge=False)
-    for score in result["scores"]:
-        table.add_row(score["name"], f"{score['mean']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}")
-    table.add_row("tokens", f"{result['mean_tokens']:.1f}", "")
-    return table
-
-
-def sets_table() -> Table:
-    """Every ready-made set."""
-    from megatron_rl.data.ready_made import READY_MADE
-
-    table = Table("set", "reasoning-gym task", "", box=None, pad_edge=False)
-    for name, ready in READY_MADE.items():
-        table.add_row(name, ready.task, ready.about)
-    return table
-
-
-def settings_table() -> Table:
-    """Every setting: dotted key, default, `ours`, what it is."""
-    table = Table("setting", "default", "", "", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
-    section = ""
-    for key, info in configuration.iter_settings(Config):
-        if key.split(".")[0] != section:
-            section = key.split(".")[0]
-            table.add_row(
-                Text(f"\n{section}:", style="bold cyan"), "", "", Text(f"\n{Config.model_fields[section].description or ''}")
-            )
-        default = (
-            Text("required", style="bold") if info.is_required() else Text(_shown(info.get_default(call_default_factory=True)))
-        )
-        ours = Text("ours", style="dim") if info.json_schema_extra["ours"] else ""
-        table.add_row(Text(f"  {key}"), default, ours, Text(f"{info.description or ''}{_choices(info.annotation)}"))
-    return table
 
 
 def main() -> None:
@@ -349,19 +333,22 @@ def main() -> None:
         sys.exit(2)
 
 
-def _shown(default: Any) -> str:
-    if default is None:
-        return "none"
-    if isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, tuple):
-        return str(list(default))
-    return str(default)
+def _write_data(config: Path, overrides: list[str] | None, model: Path | None, out: Path, rules: Rules) -> None:
+    settings = configuration.load(config, overrides)
+    _start_logging()
+    from megatron_rl.rejection import write_data
+
+    typer.echo(json.dumps(write_data(settings, model or settings.model.folder, out, rules)))
 
 
-def _choices(annotation: Any) -> str:
-    names = [name for name in getattr(annotation, "__args__", ()) if isinstance(name, str)]
-    return f" ({' | '.join(names)})" if names else ""
+def _exit_with(run: Callable[[], int], addition: str = "") -> None:
+    """The exit code of a run; 130 after Ctrl-C."""
+    try:
+        code = run()
+    except KeyboardInterrupt as e:
+        rich.print(f"interrupted; the same command goes on from the last checkpoint {addition}".rstrip(), file=sys.stderr)
+        raise typer.Exit(130) from e
+    raise typer.Exit(code)
 
 
 def _start_logging() -> None:
@@ -374,11 +361,3 @@ def _start_logging() -> None:
     logging.basicConfig(level=logging.INFO, format=pattern, handlers=[handler])
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it prints its whole configuration at INFO
     warnings.filterwarnings("ignore", module="megatron", category=UserWarning)  # "Apex is not installed": doctor says it
-
-
-def _wide_console() -> Console:
-    """For tables; a pipe or file has no width of its own."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = HELP_WIDTH
-    return console

@@ -34,6 +34,7 @@ from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.kept_kv import KeptKV
 from megatron_rl.rollout.scheduler import Rollout
 from megatron_rl.rollout.selection import share_without_loss, training_sequences
+from megatron_rl.supervised.ptx import PTX
 from megatron_rl.types import Group, OutcomeKind, TrainingSequence
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Master:
             self.evaluation = IntervalEvaluation(config, self.tokenizer, self.prompts, self.scorer)
         self.shaping = Shaping(config.rewards)
         self.algorithm = make_algorithm(config.algorithm)
+        self.ptx = PTX(config, self.tokenizer, model) if config.algorithm.ptx.weight else None
         self.sampler = make_sampler(config.sampler, self.prompts.train, config.run.seed)
         self.buffer = ReplayBuffer(config.buffer_path, run_id=run_id)
         self.metrics = MetricsLog(config.run.folder, config.report.tensorboard)
@@ -145,6 +147,8 @@ class Master:
                     100 * empty,
                 )
             minibatches.append(sequences)
+        if self.ptx:
+            minibatches = [[*own, *self.ptx.draw(iteration, step)] for step, own in enumerate(minibatches)]
         return minibatches
 
     def observe(self, groups: list[Group]) -> None:

@@ -8,7 +8,7 @@ micro-batches: `training/packing.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -155,6 +155,10 @@ class TrainingSequence:
     advantage: float  # computed over the whole group, before packing
     weight: float  # 1 / (members of its group * groups of its optimizer step): the loss denominator is global
     temperatures: np.ndarray | None = None  # float32 [tokens]: of the softmax that each was drawn from; None: 1
+    is_supervised: bool = False  # given, not sampled: cross entropy, and no part in advantages or mismatch
+
+    def weighing(self, weight: float) -> TrainingSequence:
+        return replace(self, weight=weight)
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from megatron_rl import cli, config
-from megatron_rl.config import Config
+from megatron_rl.config import Config, DPOConfig, SFTConfig
 from megatron_rl.data.ready_made import READY_MADE
 from megatron_rl.errors import EngineError
 
@@ -20,6 +20,7 @@ rollout: {groups_per_iteration: 1, token_budget: 8, max_response_tokens: 16}
 
 COMMANDS = {  # frozen: scripts of users depend on it
     "train": ["config", "overrides"],
+    "sft": ["config", "overrides"],
     "eval": ["config", "overrides", "--model", "--split", "--set", "--list", "--sampled", "--samples", "--record", "--html"],
     "curate": [
         "config",
@@ -33,6 +34,7 @@ COMMANDS = {  # frozen: scripts of users depend on it
         "--highest",
         "--in-flight",
     ],
+    "sft-data": ["config", "--out", "overrides", "--model", "--samples", "--keep", "--most", "--max-tokens", "--bare"],
     "long2short": [],
     "convert": ["source", "target", "--to", "--tensor-parallel", "--pipeline-parallel", "--dtype"],
     "inspect": ["run", "--trajectory", "--group"],
@@ -76,14 +78,19 @@ def test_the_commands_and_their_arguments_are_frozen():
     assert found == COMMANDS
 
 
-def test_the_help_of_train_lists_every_setting_with_default_unit_and_mark(run):
-    code, out, _ = run("train", "--help")
+@pytest.mark.parametrize(("command", "root"), [(("train",), Config), (("sft",), SFTConfig), (("long2short", "dpo"), DPOConfig)])
+def test_the_help_lists_every_setting_with_default_unit_and_mark(run, command, root):
+    code, out, _ = run(*command, "--help")
     assert code == 0
     lines = {line.split()[0]: line for line in out.splitlines() if re.match(r"  \w+\.", line)}
-    assert list(lines) == config.known_keys()
-    for key, info in config.iter_settings(Config):
+    assert list(lines) == config.known_keys(root)
+    for key, info in config.iter_settings(root):
         assert (" required " in lines[key]) == info.is_required(), key
         assert (" ours " in lines[key]) == info.json_schema_extra["ours"], key
+
+
+def test_the_help_of_train_names_units_and_choices(run):
+    _, out, _ = run("train", "--help")
     flat = " ".join(out.split())
     assert (
         "rollout.token_budget required tokens a trajectory may add in one iteration; the rest waits in the buffer [tokens]"

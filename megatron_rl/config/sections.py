@@ -1,46 +1,32 @@
 """Every setting: one pydantic model a section, one described field a setting.
 
 A field's description is its documentation (`megatron-rl train --help` prints it); units stand in brackets; `ours` marks a
-default that the Kimi k1.5 paper leaves open. Rules between settings: `checks.py`.
+default that the Kimi k1.5 paper leaves open. Rules between settings: `checks.py`; what other kinds of runs share: `shared.py`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from megatron_rl.config.shared import (
+    AdamConfig,
+    ExportConfig,
+    Fraction,
+    MegatronConfig,
+    MetricsConfig,
+    ModelSection,
+    Positive,
+    RunFolderConfig,
+    Seconds,
+    Section,
+    setting,
+)
 
-Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
-
-def setting(default: Any = ..., doc: str = "", *, ours: bool = False, **kwargs: Any) -> Any:
-    return Field(default, description=doc, json_schema_extra={"ours": ours}, **kwargs)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-class RunConfig(Section):
-    folder: Path = setting(doc="where the run lives: config, metrics, buffer, checkpoints, report, exported model")
+class RunConfig(RunFolderConfig):
     iterations: Positive = setting(doc="iterations to reach; raise it to continue a finished run")
-    seed: int = setting(0, "seed of sampling noise, prompt order and initialisation", ours=True)
     checkpoint_every: Positive = setting(10, "iterations between checkpoints; the last is always saved [iterations]", ours=True)
-    keep_checkpoints: Positive = setting(2, "checkpoints kept on disk; older ones are deleted", ours=True)
-    shutdown_s: Seconds = setting(25.0, "time SIGTERM leaves for committing tokens and saving [s]", ours=True)
-    threads: int = setting(0, "torch threads of each rank on a CPU; 0 divides the cores among the ranks", ge=0, ours=True)
-
-
-class ModelSection(Section):
-    folder: Path = setting(doc="Hugging Face model folder: config.json, safetensors, tokenizer")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto",
-        "compute dtype; main weights and gradients are float32; auto: bfloat16 where the hardware is fast at it, else float32",
-        ours=True,
-    )
 
 
 class WorkedTurn(Section):
@@ -229,6 +215,14 @@ class RewardsConfig(Section):
     toggle: ToggleConfig = setting(ToggleConfig(), "phases with and without a length budget")
 
 
+class PTXConfig(Section):
+    weight: float = setting(
+        0.0, "weight of given conversations' mean cross entropy in every optimizer step (K2 3.2); 0 is off", ge=0, ours=True
+    )
+    path: Path | None = setting(None, "their JSONL file, as sft.path")
+    tokens: Positive = setting(4096, "loss-bearing tokens of them in one optimizer step, at least [tokens]", ours=True)
+
+
 class AlgorithmConfig(Section):
     name: Literal["mirror_descent", "k2", "k25", "rest", "rloo", "ppo", "grpo", "dr_grpo", "reinforce_pp", "gspo", "cispo"] = (
         setting(
@@ -262,37 +256,18 @@ class AlgorithmConfig(Section):
     )
     kl_estimator: Literal["k1", "k3"] = setting("k3", "k1: log-ratio of the response; k3: per token, never negative", ours=True)
     entropy_weight: float = setting(0.0, "weight of the entropy bonus", ge=0, ours=True)
+    ptx: PTXConfig = setting(PTXConfig(), "PTX term")
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(AdamConfig):
     lr: float = setting(1e-6, "learning rate", gt=0, ours=True)
-    beta1: float = setting(0.9, "Adam beta1", ge=0, lt=1, ours=True)
-    beta2: float = setting(0.95, "Adam beta2", ge=0, lt=1, ours=True)
-    eps: float = setting(1e-8, "Adam epsilon", gt=0, ours=True)
-    weight_decay: float = setting(0.0, "decoupled weight decay", ge=0, ours=True)
-    clip_grad: float = setting(1.0, "largest gradient norm; 0 is off", ge=0, ours=True)
+    reset: bool = setting(True, "forget Adam's moments at the start of every iteration (paper 2.3.2)")
 
 
-class TrainingConfig(Section):
-    tensor_parallel: Positive = setting(1, "ranks that share each layer (TP)")
-    pipeline_parallel: Positive = setting(1, "ranks in a row, each with some layers (PP)")
-    virtual_pipeline: Positive | None = setting(None, "model chunks on each pipeline rank (VPP)")
-    overlap_p2p_comm: bool = setting(True, "VPP: overlap pipeline sends with compute")
-    context_parallel: Positive = setting(1, "ranks that share each micro-batch's tokens (CP)")
-    sequence_parallel: bool = setting(False, "split activations between tensor-parallel regions over TP ranks (SP)")
-    distributed_optimizer: bool = setting(False, "split optimizer state over data-parallel ranks")
-    recompute: bool = setting(False, "recompute activations of every layer in backward")
-    max_tokens_per_micro_batch: Positive = setting(
-        4096, "packed tokens of one micro-batch; one longer trajectory makes its own [tokens]", ours=True
-    )
+class TrainingConfig(MegatronConfig):
     epochs: Positive = setting(1, "passes over an iteration's batch", ours=True)
     minibatches: Positive = setting(1, "optimizer steps of one pass; groups are split among them", ours=True)
-    share_prompts: bool = setting(True, "compute a group's prompt once for its k responses")
-    log_prob_chunk: Positive = setting(1024, "rows of [rows, vocabulary] in memory at once", ours=True)
-    collective_timeout_s: Seconds = setting(600.0, "longest wait for another rank in a collective [s]", ours=True)
-    optimizer: OptimizerConfig = setting(
-        OptimizerConfig(), "Adam; its state is reset at the start of every iteration (paper 2.3.2)"
-    )
+    optimizer: OptimizerConfig = setting(OptimizerConfig(), "Adam")
 
 
 class EvaluationConfig(Section):
@@ -318,10 +293,7 @@ class EvaluationConfig(Section):
         return [Path(name).stem if name.endswith(".jsonl") else name for name in self.sets]
 
 
-class WeightsConfig(Section):
-    bucket_bytes: int = setting(
-        256 << 20, "full tensors gathered at once while publishing or exporting [bytes]", ge=1 << 10, ours=True
-    )
+class WeightsConfig(ExportConfig):
     mismatch_bound: float = setting(
         0.5, "largest mean |engine - trainer| log-prob on tokens of the current version; above it the run stops", gt=0, ours=True
     )
@@ -331,8 +303,7 @@ class BufferConfig(Section):
     path: Path | None = setting(None, "replay buffer file; default buffer.sqlite in the run folder; may be node-local", ours=True)
 
 
-class ReportConfig(Section):
-    tensorboard: bool = setting(True, "also write TensorBoard files if the package is installed", ours=True)
+class ReportConfig(MetricsConfig):
     samples: int = setting(12, "trajectories shown in report.html", ge=0, ours=True)
 
 
@@ -349,6 +320,7 @@ class Config(Section):
     weights: WeightsConfig = setting(WeightsConfig(), "publishing weights to engines")
     buffer: BufferConfig = setting(BufferConfig(), "replay buffer")
     report: ReportConfig = setting(ReportConfig(), "metrics and report")
+    kind: ClassVar[str] = "train"
 
     @property
     def buffer_path(self) -> Path:
@@ -365,3 +337,11 @@ class Config(Section):
     @property
     def steps_per_iteration(self) -> int:
         return self.training.epochs * self.training.minibatches
+
+    @property
+    def initial_lr(self) -> float:
+        return self.training.optimizer.lr
+
+    @property
+    def keeps_moments(self) -> bool:
+        return not self.training.optimizer.reset

@@ -30,6 +30,8 @@ class MicroBatch:
     temperatures: torch.Tensor  # float32 [loss_tokens]
     advantages: torch.Tensor  # float32 [sequences]
     weights: torch.Tensor  # float32 [sequences]
+    group_ids: torch.Tensor  # int64 [sequences]
+    is_supervised: torch.Tensor  # bool [sequences]
     trajectory_ids: np.ndarray  # int64 [sequences]
 
 
@@ -67,5 +69,7 @@ def prepare(packed: PackedBatch, index: int, place: Place) -> MicroBatch:
         temperatures=tensor(packed.temperatures[chosen]),
         advantages=tensor(packed.advantages),
         weights=tensor(packed.weights),
+        group_ids=tensor(packed.group_ids),
+        is_supervised=tensor(packed.is_supervised),
         trajectory_ids=packed.trajectory_ids,
     )

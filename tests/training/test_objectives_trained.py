@@ -7,7 +7,7 @@ import torch
 
 from megatron_rl.algorithms import make_algorithm
 from megatron_rl.config import AlgorithmConfig
-from tests.training.material import dense_log_probs, dense_steps, exported, flat, make_config, make_groups, make_model
+from tests.training.material import dense_log_probs, dense_loss, dense_steps, exported, flat, make_config, make_groups, make_model
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,40 @@ def test_two_steps_follow_the_published_loss_on_a_dense_model(settings, publishe
     assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
     for name, value in exported(trainer).items():
         torch.testing.assert_close(value, after[name], rtol=0, atol=3e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_two_steps_with_a_ptx_term_follow_both_losses_on_a_dense_model(folder, make_trainer):
+    """Mirror descent on the sampled sequences, cross entropy on the given ones, each with its own denominator."""
+    config = make_config(folder, training={"max_tokens_per_micro_batch": 25})
+    given = [
+        dataclasses.replace(s, is_supervised=True, group_id=-s.trajectory_id - 1, trajectory_id=-s.trajectory_id - 1, weight=0.02)
+        for s in flat(make_groups(seed=5, num_groups=2))
+    ]
+    groups = make_groups()
+    minibatches = [
+        [*(dataclasses.replace(s, weight=2 * s.weight) for s in flat(part)), *given[i::2]]
+        for i, part in enumerate((groups[:2], groups[2:]))
+    ]
+
+    def both(model, sequences, reference, temperature, tau):
+        sampled = [(s, r) for s, r in zip(sequences, reference, strict=True) if not s.is_supervised]
+        total = dense_loss(model, [s for s, _ in sampled], [r for _, r in sampled], temperature, tau)
+        for s in sequences:
+            if s.is_supervised:
+                total = total - s.weight * dense_log_probs(model, s, temperature)[torch.from_numpy(s.loss_mask)].sum()
+        return total
+
+    losses, norms, _, after = dense_steps(folder, minibatches, config, 0.3, both)
+    trainer = make_trainer(config)
+    batch = trainer.distribute(minibatches)
+    objective = make_algorithm(AlgorithmConfig(tau=0.3, ptx={"weight": 1.0, "path": "given.jsonl"})).objective
+    metrics = trainer.step(batch, objective, trainer.log_probs(batch))
+    assert metrics["loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
+    assert metrics["supervised/nats_per_token"] > 1
+    for name, value in exported(trainer).items():
+        torch.testing.assert_close(value, after[name], rtol=0, atol=3e-5, msg=lambda m, n=name: f"{n}: {m}")
+    plain = trainer.step(trainer.distribute([flat(groups)]), objective, None)
+    mixed = trainer.step(trainer.distribute([[*flat(groups), *given]]), objective, None)
+    assert "supervised/nats_per_token" not in plain
+    assert mixed["log_ratio/abs_mean"] == plain["log_ratio/abs_mean"] == 0

@@ -104,10 +104,10 @@ def test_how_the_work_is_cut_changes_nothing(training, folder, make_trainer):
 
 def test_epochs_train_the_same_minibatches_again(folder, make_trainer):
     minibatches = halves(make_groups())
-    once = make_trainer(make_config(folder, training={"epochs": 2}))
+    once = make_trainer(make_config(folder))
     batch = once.distribute(minibatches)
     reference = once.log_probs(batch)
-    once.step(batch, MirrorDescent(TAU), reference)
+    once.step(batch, MirrorDescent(TAU), reference, epochs=2)
     spelled_out = make_trainer(make_config(folder))
     batch = spelled_out.distribute([*minibatches, *minibatches])
     spelled_out.step(batch, MirrorDescent(TAU), spelled_out.log_probs(batch))
