@@ -46,7 +46,7 @@ def opened(server):
 
     @asynccontextmanager
     async def open_sglang(folder, *, kv_folder=None, max_age=1):  # noqa: F811
-        engine = await SGLangEngine.connect(
+        engine = await FromHost.connect(
             process.url,
             ModelConfig.from_folder(folder),
             config.rollout.sglang,
@@ -66,6 +66,14 @@ def opened(server):
 @pytest.fixture
 def opened_with_kept_kv(opened):
     return opened
+
+
+class FromHost(SGLangEngine):
+    """Takes the shared tests' weights, which lie on the CPU."""
+
+    async def load_weights(self, buckets, version):
+        on_gpu = [[(name, tensor.to("cuda", torch.bfloat16)) for name, tensor in bucket] for bucket in buckets]
+        await super().load_weights(on_gpu, version)
 
 
 def weights(folder, factor=1.0):  # noqa: F811

@@ -107,7 +107,7 @@ class FakeSGLang:
     async def _generate(self, body: dict[str, Any]) -> AsyncIterator[Any]:
         self.requests.append(body)
         ids, rid, params, limit = body["input_ids"], body["rid"], body["sampling_params"], self._model.max_positions
-        if len(ids) + params["max_new_tokens"] > limit or len(ids) > limit - 6:
+        if len(ids) + params["max_new_tokens"] > limit or len(ids) >= limit - 6:
             yield {"error": {"message": f"{len(ids)} tokens exceed the context length {limit}", "code": 400}}
             return
         if rid in self._running:
