@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.answering import answer, folder_engine, in_order
+from megatron_rl.answering import answer, in_order
 from megatron_rl.config import Config, dump
 from megatron_rl.data import curation
 from megatron_rl.data.curation import Verdict
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
+from megatron_rl.folder_engines import folder_engines
 from megatron_rl.rewards.scorer import Scorer
 from megatron_rl.rollout.engines.base import Engine, Sampling
 from megatron_rl.run_folder import write_atomically
@@ -64,8 +65,8 @@ def curate(config: Config, model_folder: Path, out: Path, rules: Rules) -> dict[
     out.mkdir(parents=True, exist_ok=True)
     decisive = {key: value for key, value in asdict(rules).items() if key != "in_flight"}
     _check_settings(out, {"config": dump(config), "model": str(model_folder), "rules": decisive})
-    engine = folder_engine(config, model_folder, "curation")
-    decisions = asyncio.run(decide(config, [engine], tokenizer, prompts, out / "decisions.jsonl", rules))
+    with asyncio.Runner() as runner, folder_engines(config, model_folder, runner, name="curation") as engines:
+        decisions = runner.run(decide(config, engines, tokenizer, prompts, out / "decisions.jsonl", rules))
     return _write_results(config, prompts, decisions, out)
 
 
@@ -73,7 +74,7 @@ async def decide(
     config: Config, engines: Sequence[Engine], tokenizer: ChatTokenizer, prompts: Sequence[Prompt], log_file: Path, rules: Rules
 ) -> dict[str, Decision]:
     """All decisions by prompt id; those already in the file are taken from there, the others are added in the prompts' order,
-    each as soon as it and those before it are made. Closes the engines."""
+    each as soon as it and those before it are made."""
     scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
     decided = _read_decisions(log_file)
     todo = [(i, prompt) for i, prompt in enumerate(prompts) if prompt.id not in decided]
@@ -91,8 +92,6 @@ async def decide(
                         log.info("%d of %d prompts decided", len(decided), len(prompts))
     finally:
         await scorer.close()
-        for engine in engines:
-            await engine.close()
     return decided
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rl.answering import Response, answer, folder_engine
+from megatron_rl.answering import Response, answer
 from megatron_rl.config import Config, RewardsConfig
 from megatron_rl.data.evaluation_sets import load_set
 from megatron_rl.data.tokenizer import ChatTokenizer
+from megatron_rl.folder_engines import folder_engines
 from megatron_rl.rewards.scorer import Scorer
-from megatron_rl.rollout.engines.base import Sampling
+from megatron_rl.rollout.engines.base import Engine, Sampling
 from megatron_rl.statistics import bootstrap_interval, final_answer, majority_is_correct, pass_at_k
 
 
@@ -56,22 +57,21 @@ def evaluate(config: Config, model_folder: Path, *, split: str = "held_out", gre
     Raises DataError when the set is empty or a prompt has no answer, RewardError when a response could not be scored."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
     questions = load_set(split, config, tokenizer)
-    engine = folder_engine(config, model_folder, "evaluation")
     temperature = 0.0 if greedy else config.rollout.temperature
     sampling = Sampling(temperature=temperature, seed=config.run.seed, stop_token_ids=tokenizer.stop_token_ids)
 
-    async def respond() -> list[list[Response]]:
+    async def respond(engines: Sequence[Engine]) -> list[list[Response]]:
         scorer = Scorer(questions.rewards, config.rollout.repetition.penalty)
         try:
             limit = config.rollout.max_response_tokens
             return await answer(
-                [engine], tokenizer, scorer, questions.prompts, samples=samples, sampling=sampling, max_tokens=limit
+                engines, tokenizer, scorer, questions.prompts, samples=samples, sampling=sampling, max_tokens=limit
             )
         finally:
             await scorer.close()
-            await engine.close()
 
-    responses = asyncio.run(respond())
+    with asyncio.Runner() as runner, folder_engines(config, model_folder, runner, name="evaluation") as engines:
+        responses = runner.run(respond(engines))
     return asdict(
         summary(
             responses,

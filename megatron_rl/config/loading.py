@@ -57,9 +57,8 @@ def _read(root: type[Root], path: Path, overrides: list[str] | None) -> Root:
 
 def load_bare(model_folder: Path, overrides: list[str] | None = None) -> Config:
     """The settings for evaluating a model folder without a config file: `bare_model.yaml`, then overrides."""
-    folder = json.dumps(str(model_folder))
-    own = [f"model.folder={folder}", f"run.folder={folder}"]
-    return load(Path(__file__).with_name("bare_model.yaml"), [*own, *(overrides or [])])
+    own = f"model.folder={json.dumps(str(model_folder))}"
+    return load(Path(__file__).with_name("bare_model.yaml"), [own, *(overrides or [])])
 
 
 def dump(config: BaseModel) -> str:
