@@ -85,12 +85,12 @@ def test_two_steps_with_a_ptx_term_follow_both_losses_on_a_dense_model(folder, m
         for i, part in enumerate((groups[:2], groups[2:]))
     ]
 
-    def both(model, sequences, reference, temperature, tau):
+    def both(model, sequences, reference, tau):
         sampled = [(s, r) for s, r in zip(sequences, reference, strict=True) if not s.is_supervised]
-        total = dense_loss(model, [s for s, _ in sampled], [r for _, r in sampled], temperature, tau)
+        total = dense_loss(model, [s for s, _ in sampled], [r for _, r in sampled], tau)
         for s in sequences:
             if s.is_supervised:
-                total = total - s.weight * dense_log_probs(model, s, temperature)[torch.from_numpy(s.loss_mask)].sum()
+                total = total - s.weight * dense_log_probs(model, s)[torch.from_numpy(s.loss_mask)].sum()
         return total
 
     losses, norms, _, after = dense_steps(folder, minibatches, config, 0.3, both)
