@@ -85,7 +85,7 @@ def test_an_evaluation_has_scores_with_intervals_and_the_report_draws_them(undis
     for row in by_iteration.values():
         assert set(row) == {f"eval/{name}/{key}" for name in ("held_out", "minus") for key in ("tokens", *kinds)}
         assert row["eval/minus/pass@1/low"] <= row["eval/minus/pass@1"] <= row["eval/minus/pass@1/high"]
-    assert by_iteration[0] != by_iteration[4], "the weights have moved"
+    assert len({json.dumps(row) for row in by_iteration.values()}) > 1, "the weights have moved"
     markup = (undisturbed / "report.html").read_text()
     assert "Evaluation while training" in markup and markup.count('class="band') == 2
     assert f"{ITERATIONS} <em>of {ITERATIONS}</em>" in markup
