@@ -199,7 +199,9 @@ class FakeSGLang:
             self.weights = {n: torch.rand(t.shape, generator=generator, dtype=t.dtype) for n, t in self.weights.items()}
             self._is_loaded = False
             return 200, {"success": True, "message": "Success."}
-        sums = {n: hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for n, t in self.weights.items()}
+        sums = {
+            n: hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for n, t in self.weights.items()
+        }
         return 200, {"success": True, "message": "Success.", "ranks": [{"checksums": sums, "per_gpu_checksum": ""}]}
 
     async def _on_update_weight_version(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
