@@ -1,7 +1,7 @@
 """The whole configuration: one YAML file, overrides `a.b=c`, every check that needs no model and no process group.
 
-`load` reads, overrides, validates and freezes; `load_supervised` does so for SFT and DPO. The settings: `sections.py`, `shared.py`,
-`supervised.py`; the rules between them: `checks.py`.
+`load` reads, overrides, validates and freezes; `load_supervised` does so for SFT and DPO. The settings: `sections.py`,
+`shared.py`, `supervised.py`; the rules between them: `checks.py`.
 """
 
 from megatron_rl.config.checks import check_layout, check_model, check_world
