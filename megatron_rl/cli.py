@@ -16,21 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import rich
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperCommand
 
 from megatron_rl import config as configuration
 from megatron_rl.config import Config, DPOConfig, SFTConfig
 from megatron_rl.errors import ConfigError, MegatronRLError
+from megatron_rl.settings_help import HELP_WIDTH, listing
 
 if TYPE_CHECKING:
     from megatron_rl.rejection import Rules
-
-HELP_WIDTH = 130  # of the settings where the output is no terminal
 
 app = typer.Typer(
     help="Reinforcement learning of language models with partial rollouts: Kimi k1.5 on Megatron-Core.",
@@ -73,23 +70,6 @@ class Keep(StrEnum):
 class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
-
-
-def listing(root: type[BaseModel]) -> type[TyperCommand]:
-    """A command whose help ends with every setting of its config file."""
-
-    class SettingsCommand(TyperCommand):
-        def format_help(self, ctx: Any, formatter: Any) -> None:
-            super().format_help(ctx, formatter)
-            console = Console()
-            if not console.is_terminal:
-                console.width = HELP_WIDTH
-            console.print(
-                "[bold]Settings[/] of the config file, with units in brackets. [bold]ours[/]: the paper leaves the default open."
-            )
-            console.print(settings_table(root))
-
-    return SettingsCommand
 
 
 @app.command(cls=listing(Config))
@@ -295,25 +275,6 @@ def scores_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def settings_table(root: type[BaseModel]) -> Table:
-    """Every setting of a kind of run: dotted key, default, `ours`, what it is."""
-    table = Table("setting", "default", "", "", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
-    section = ""
-    for key, info in configuration.iter_settings(root):
-        if key.split(".")[0] != section:
-            section = key.split(".")[0]
-            table.add_row(
-                Text(f"\n{section}:", style="bold cyan"), "", "", Text(f"\n{root.model_fields[section].description or ''}")
-            )
-        default = (
-            Text("required", style="bold") if info.is_required() else Text(_shown(info.get_default(call_default_factory=True)))
-        )
-        ours = Text("ours", style="dim") if info.json_schema_extra["ours"] else ""
-        table.add_row(Text(f"  {key}"), default, ours, Text(f"{info.description or ''}{_choices(info.annotation)}"))
-    return table
-
-
 def main() -> None:
     """Entry point. An error that a user can repair is one line on stderr and exit code 2; a bug is a traceback."""
     try:
@@ -321,23 +282,6 @@ def main() -> None:
     except MegatronRLError as e:
         Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {e}", style="red"))
         sys.exit(2)
-
-
-def _shown(default: Any) -> str:
-    if default is None:
-        return "none"
-    if isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, BaseModel):
-        return "{" + ", ".join(f"{name}: {_shown(value)}" for name, value in default) + "}"
-    if isinstance(default, tuple):
-        return "[" + ", ".join(map(_shown, default)) + "]"
-    return str(default)
-
-
-def _choices(annotation: Any) -> str:
-    names = [name for name in getattr(annotation, "__args__", ()) if isinstance(name, str)]
-    return f" ({' | '.join(names)})" if names else ""
 
 
 def _write_data(config: Path, overrides: list[str] | None, model: Path | None, out: Path, rules: Rules) -> None:
