@@ -270,6 +270,7 @@ def settings(workload: Workload) -> list[str]:
     w = workload
     return [
         "rollout.sglang.mem_fraction=0.5",
+        f"rollout.sglang.stream_interval={min(64, w.budget // 2)}",
         "rollout.repetition.enabled=false",
         f"rollout.group_size={w.group_size}",
         f"rollout.groups_per_iteration={w.groups}",

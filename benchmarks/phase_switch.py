@@ -63,6 +63,11 @@ class Bench:
                 self.taken[name].append(seconds)
         self.levels = serving.phase_memory
 
+    def write(self, out: Path) -> None:
+        packages = ["torch", "aiohttp"] if self.setup.small else ["torch", "sglang", "aiohttp", "megatron-core"]
+        device = self.setup.device
+        write_result("phase_switch", self.rows(), ceilings=self.ceilings, packages=packages, device=device, folder=out)
+
     def rows(self) -> list[Row]:
         scale = weight_bytes(self.chunks) / TARGET_BYTES
         rows = [self._row(name, name, target * scale) for name, target in TARGETS.items()]
@@ -125,14 +130,13 @@ def measure(setup: Setup, runner: asyncio.Runner, clock: Clock, out: Path, round
             if version > 2 and not clock.has_time_for(f"round {version}", 6):
                 break
             bench.round(serving, version, counts=version > 1)
+            if version > 1:
+                bench.write(out)
         with serving.readable_weights():
             assert fingerprint(optimizer, chunks) == before, "the trainer's state came back changed"
     finally:
         serving.close()
-    rows = bench.rows()
-    show(rows)
-    packages = ["torch", "aiohttp"] if setup.small else ["torch", "sglang", "aiohttp", "megatron-core"]
-    write_result("phase_switch", rows, ceilings=ceilings, packages=packages, device=setup.device, folder=out)
+    show(bench.rows())
 
 
 def main() -> None:

@@ -35,6 +35,14 @@ def test_snapshots_are_measured_checked_and_written_with_missing_peers_named(tmp
     assert "AssertionError" not in told
 
 
+def test_partial_rollouts_and_their_peer_train_the_same_lengths_on_a_fake_server(tmp_path: Path) -> None:
+    told = run("partial_rollouts.py", "--small", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "partial_rollouts.json").read_text(encoding="utf-8"))
+    assert result.keys() >= KEYS and len(result["rows"]) == 4 and "MISSING" not in told, told
+    assert all(row["ours"] > 0 and row["peer"] > 0 for row in result["rows"])
+    assert all(tokens > 0 for side in ("partial", "waiting", "kept") for tokens in result["curves"][f"{side}_tokens"])
+
+
 def test_the_crossover_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
     curves = {"tokens": [512.0, 2048.0], "restore_s": [0.03, 0.04], "prefill_s": [0.02, 0.4], "copy_s": [0.03, 0.039]}
     (tmp_path / "r.json").write_text(json.dumps({"device": "a GPU <1>", "curves": curves}), encoding="utf-8")

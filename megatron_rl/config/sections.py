@@ -76,13 +76,14 @@ class EmbeddedConfig(Section):
 class KVStoreConfig(Section):
     host_bytes: int = setting(
         4 << 30,
-        "keep: host memory of one engine for KV, pinned where there is a GPU; what exceeds it goes to disk [bytes]",
+        "keep: host memory of one engine for KV, pinned where there is a GPU; what exceeds it goes to disk, or with "
+        "engine=sglang is computed again [bytes]",
         ours=True,
     )
     spill_folder: Path | None = setting(
         None,
         "keep: where KV goes that the host memory does not hold, and all of it at SIGTERM; default kv in the run folder; "
-        "may be node-local",
+        "may be node-local; embedded only",
         ours=True,
     )
     compression: Literal["none", "int8", "fp8"] = setting(
@@ -90,7 +91,8 @@ class KVStoreConfig(Section):
     )
     drift_samples: int = setting(
         0,
-        "keep: restored trajectories per engine and iteration whose context is computed anew to measure kv/drift_logp_abs_mean",
+        "keep: restored trajectories per engine and iteration whose context is computed anew to measure kv/drift_logp_abs_mean; "
+        "embedded only",
         ge=0,
         ours=True,
     )

@@ -42,6 +42,7 @@ def page(run: RunData) -> str:
         sections.staleness_card(run),
         sections.mismatch_card(run),
         sections.kv_card(run),
+        sections.shared_gpu_card(run),
         sections.conservation_card(run),
         sections.config_card(run),
         samples_card(run),

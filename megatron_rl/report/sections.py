@@ -36,7 +36,7 @@ PHASES = {  # name -> colour, in the order of an iteration; turns on a shared GP
 ENDINGS = {Ending.STOP: 2, Ending.LENGTH: 4, Ending.BUDGET: 0, Ending.REPEAT: 6, Ending.ABORT: 7}
 CHARTED = (  # by a card of their own; beginnings of keys
     *("reward/", "length/mean", "tokens/", "trajectories/", "time/", "staleness/", "mismatch/", "drift/"),
-    *("kv/restored_tokens", "kv/recomputed_tokens"),
+    *("kv/restored_tokens", "kv/recomputed_tokens", "memory/gpu_"),
 )
 MAX_CATEGORIES = 12  # of one tag; a tag with more values names prompts rather than sorts them
 
@@ -102,6 +102,19 @@ def kv_card(run: RunData) -> str:
     spilled = sum(row.get("kv/spilled_bytes") or 0 for row in run.rows)
     about = f"Context tokens of continued trajectories. Failures: {failures:,}; bytes written to disk: {spilled:,}."
     return _card("KV over the training phase", about, *_averaged(run, names, floor=0.0))
+
+
+def shared_gpu_card(run: RunData) -> str:
+    """Only where trainer and server took turns on a GPU."""
+    if not any("memory/gpu_free_released_bytes" in row for row in run.rows):
+        return ""
+    states = {"released": 0, "onloaded": 1, "trained": 2, "resumed": 5, "published": 4, "generating": 3}
+    lines = [Line(state, _column(run, f"memory/gpu_free_{state}_bytes"), colour) for state, colour in states.items()]
+    marks = charts.legend([(line.name, f"b{line.colour}") for line in lines])
+    about = (
+        "Bytes free once the server was released, the trainer onloaded, had trained, the server resumed, published, generating."
+    )
+    return _card("Memory of the shared GPU", about, charts.line_chart(_iterations(run), lines, floor=0.0), marks)
 
 
 def success_card(run: RunData) -> str:

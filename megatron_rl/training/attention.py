@@ -22,11 +22,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_rl.training.packing import Branch
 
 MAX_PADDING = 0.25  # share of a batch's positions that may be padding
 MAX_MASK = 1 << 22  # elements of all masks of a pack
+
+# Not cuDNN: it plans anew for each shape, over a millisecond a call, and batches differ in shape from pack to pack.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -157,12 +161,15 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: At
     dtype, outputs = query.dtype, []
     if query.device.type == "cpu" and dtype == torch.bfloat16:  # torch's bfloat16 kernel is 5x slower there, backward above all
         query, key, value = query.float(), key.float(), value.float()
-    for batch in plan.batches:
-        q = _take(query, batch.queries).transpose(1, 2)
-        k, v = (_take(x, batch.keys).transpose(1, 2) for x in (key, value))
-        causal, grouped = batch.mask is None, q.size(1) != k.size(1)
-        output = F.scaled_dot_product_attention(q, k, v, batch.mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    with sdpa_kernel(_BACKENDS):
+        for batch in plan.batches:
+            q = _take(query, batch.queries).transpose(1, 2)
+            k, v = (_take(x, batch.keys).transpose(1, 2) for x in (key, value))
+            if batch.mask is not None and q.size(1) != k.size(1):  # only unmasked kernels take fewer KV heads on a GPU
+                k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+            causal, grouped = batch.mask is None, q.size(1) != k.size(1)
+            output = F.scaled_dot_product_attention(q, k, v, batch.mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
     joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return _take(joined, plan.places).to(dtype)
 

@@ -157,7 +157,8 @@ class _Storages:
 
     def free(self) -> None:
         for each in self._bytes:
-            each.untyped_storage().resize_(0)
+            if self._device.type == "cuda" or each.untyped_storage().resizable():  # on a CPU numpy may look at it too
+                each.untyped_storage().resize_(0)
         self.is_away = True
 
     def allocate(self) -> None:

@@ -113,7 +113,8 @@ def _write_tensors(
                 name_found, tensor = next(tensors)
                 found = (name_found, tuple(tensor.shape), tensor.dtype)
                 assert found == (planned.name, planned.shape, dtype), f"exported {found}, planned {planned} {dtype}"
-                file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+                own = tensor.to("cpu", copy=True).contiguous()  # numpy nails a storage down, and the trainer must free its own
+                file.write(own.view(torch.uint8).numpy().data)
     if len(counts) > 1:
         index = {"metadata": {"total_size": dtype.itemsize * sum(map(_numel, plan))}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ from tests.resume.recipe import write_recipe
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("sglang") is None, reason="needs a CUDA device and sglang"
 )
-ARGUMENTS = "rollout.sglang.server_arguments={grammar_backend: none, disable_cuda_graph: true}"
+ARGUMENTS = "rollout.sglang.server_arguments={grammar_backend: none, disable_cuda_graph: true, max_total_tokens: 20000}"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def start_server(folder, path, overrides):
         *overrides,
         "rollout.engine=sglang",
         "rollout.sglang.attention_backend=triton",
-        "rollout.sglang.mem_fraction=0.3",
+        "rollout.sglang.mem_fraction=0.5",
         ARGUMENTS,
     ]
     overrides += ["rollout.sglang.deterministic=true", "rollout.sglang.stream_interval=4", "model.dtype=bfloat16"]

@@ -29,7 +29,15 @@ from megatron_rl.rollout.engines.sglang_kv import KeepOnServer
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("sglang") is None, reason="needs a CUDA device and sglang"
 )
-KEEP = ["rollout.kv_policy=keep", "rollout.kv_store.host_bytes=67108864"]
+KEEP = ["rollout.kv_policy=keep", "rollout.kv_store.host_bytes=67108864", "rollout.sglang.verify_weights=false"]
+
+
+class Engine(SGLangEngine):
+    """Takes weights from the CPU in float32, as the shared test has them."""
+
+    async def load_weights(self, buckets, version):
+        on_gpu = [[(name, tensor.to("cuda", torch.bfloat16)) for name, tensor in bucket] for bucket in buckets]
+        await super().load_weights(on_gpu, version)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def opened(server):
 
     @asynccontextmanager
     async def open_sglang(folder, *, kv_folder=None, max_age=1):  # noqa: F811
-        engine = await SGLangEngine.connect(
+        engine = await Engine.connect(
             process.url,
             ModelConfig.from_folder(folder),
             config.rollout.sglang,
@@ -55,7 +63,6 @@ def opened(server):
             serialize=cuda_ipc_serializer,
             keep=KeepOnServer(process.plugin_folder, max_age),
         )
-        await engine._flush()
         await engine.load_weights(weights(folder), 0)  # whatever an earlier test left
         yield engine, engine
         await engine.close()
@@ -69,7 +76,7 @@ def opened_with_kept_kv(opened):
 
 
 def weights(folder, factor=1.0):  # noqa: F811
-    tensors = [(name, (tensor * factor).to("cuda", torch.bfloat16)) for name, tensor in read_folder(folder)]
+    tensors = [(name, tensor * factor) for name, tensor in read_folder(folder)]
     return [tensors[:3], tensors[3:]]
 
 

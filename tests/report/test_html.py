@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import shutil
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from make_run import make_run
 from transformers import AutoTokenizer
 
 from megatron_rl.errors import DataError
+from megatron_rl.report import sections
 from megatron_rl.report.html import page, write_report
 from megatron_rl.report.run_data import Trained, open_buffer, read_run, run_config
 from megatron_rl.report.samples import choose, coloured_tokens, token_texts
@@ -72,6 +74,18 @@ def test_the_report_has_every_section(markup):
         "Further metrics",
     ]
     assert "no data" not in markup and "broken" not in markup
+
+
+def test_turns_on_a_shared_gpu_have_one_card_for_memory_and_their_place_among_the_phases(run_folder):
+    run = read_run(run_folder)
+    turns = {f"time/{turn}_s": 0.5 for turn in ("release", "onload", "offload", "resume")}
+    states = ("released", "onloaded", "trained", "resumed", "published", "generating")
+    memory = {f"memory/gpu_{kind}_{state}_bytes": 3e10 for kind in ("free", "allocated") for state in states}
+    shared = dataclasses.replace(run, rows=[row | turns | memory for row in run.rows])
+    assert sections.shared_gpu_card(run) == "" and "memory/gpu_" not in sections.others_card(shared)
+    assert [state for state in states if state in sections.shared_gpu_card(shared)] == list(states)
+    shown = re.findall(r">(release|onload|train|offload|resume|publish)<", sections.phases_card(shared))
+    assert shown[-6:] == ["release", "onload", "train", "offload", "resume", "publish"]
 
 
 def test_every_token_of_every_sample_has_the_colour_of_its_version_its_log_prob_and_its_text(markup, run_folder):

@@ -47,7 +47,7 @@ class Call:
         self.ended = asyncio.Event()
         self._interval = stream_interval
         self.room = min(request.max_new_tokens, context_tokens - CONTEXT_MARGIN - len(request.token_ids))
-        if len(request.token_ids) > context_tokens - PROMPT_MARGIN:
+        if len(request.token_ids) >= context_tokens - PROMPT_MARGIN:
             self.room = 0  # the server would refuse it; there is no room worth a request anyway
 
     def body(self) -> dict[str, Any]:

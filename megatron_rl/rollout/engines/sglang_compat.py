@@ -19,7 +19,7 @@ from megatron_rl.weights.transport import FlatBucket
 SUPPORTED = (Version("0.5.15"), Version("0.5.24"))  # from the first on, below the second
 TRIED = Version("0.5.15")
 
-# At most context_length - 6 prompt tokens are taken, and prompt and response together stop at context_length - 2.
+# Fewer than context_length - 6 prompt tokens are taken, and prompt and response together stop at context_length - 2.
 PROMPT_MARGIN = 6
 CONTEXT_MARGIN = 2
 

@@ -26,6 +26,7 @@ from megatron_rl.rollout.engines.sglang_plugin.install import install
 
 _HOST = "127.0.0.1"
 _POLL_S = 0.2
+_END_S = 1.0  # of a process that breaks its connections
 _STOP_S = 10.0  # between SIGTERM and SIGKILL
 _TAIL_LINES = 12
 _HINTS = {  # words of a log, lower case: what to do
@@ -56,6 +57,7 @@ def arguments(config: Config, port: int, index: int) -> list[str]:
         "sampling_backend": s.sampling_backend,
         "enable_deterministic_inference": s.deterministic,
         "random_seed": config.run.seed,
+        "log_level_http": "warning",  # a line a request costs time and says nothing
         **s.server_arguments,
     }
     return [word for name, value in values.items() for word in _flag(name, value)]
@@ -147,16 +149,18 @@ class ServerProcess:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30.0)) as session:
             while True:
                 if not self.is_running:
-                    raise EngineError(f"engine {self.name}: the server {self.epitaph()}")
+                    raise EngineError(f"engine {self.name}: the server {await self.epitaph()}")
                 with suppress(aiohttp.ClientError, TimeoutError):
                     async with session.get(f"{self.url}/health_generate") as response:
                         if response.status == 200:
                             return
                 await asyncio.sleep(_POLL_S)
 
-    def epitaph(self) -> str:
+    async def epitaph(self) -> str:
         """How its process ended, what its log says, and what to do about it."""
         assert self._process is not None, "started before"
+        with suppress(subprocess.TimeoutExpired):  # its connections break a moment before it is gone
+            await asyncio.to_thread(self._process.wait, _END_S)
         code = self._process.poll()
         how = "does not answer" if code is None else f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"
         tail = self.tail()

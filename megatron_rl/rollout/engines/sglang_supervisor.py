@@ -147,7 +147,7 @@ class SupervisedEngine:
         async with self._mending:
             if self._engine is not broken:
                 return
-            end = f"{reason}\nthe server {self._server.epitaph()}"
+            end = f"{reason}\nthe server {await self._server.epitaph()}"
             if self.num_restarts >= self._max_restarts:
                 raise EngineError(
                     f"engine {self.name}: gone, after {self.num_restarts} restarts (rollout.sglang.max_restarts): {end}"

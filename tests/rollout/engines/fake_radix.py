@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -161,7 +162,7 @@ class HookRegistry:
 
 
 def modules() -> dict[str, ModuleType]:
-    """For `sys.modules`: what the plugin imports of SGLang, and the module by which it knows a scheduler's process."""
+    """What the plugin imports of SGLang, and the module by which it knows a scheduler's process."""
     contents: dict[str, dict[str, Any]] = {
         "sglang": {},
         "sglang.srt": {},
@@ -178,6 +179,18 @@ def modules() -> dict[str, ModuleType]:
         found[name] = ModuleType(name)
         vars(found[name]).update(values)
     return found
+
+
+@contextmanager
+def importable() -> Iterator[None]:
+    """Stands in for an installed SGLang, or hides it, for a while. What else is imported meanwhile stays imported."""
+    found = modules()
+    before = {name: sys.modules[name] for name in found if name in sys.modules}
+    sys.modules.update(found)
+    yield
+    for name in found:
+        del sys.modules[name]
+    sys.modules.update(before)
 
 
 def load_plugins() -> dict[str, Callable[..., Any]]:

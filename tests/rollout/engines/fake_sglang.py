@@ -107,7 +107,7 @@ class FakeSGLang:
     async def _generate(self, body: dict[str, Any]) -> AsyncIterator[Any]:
         self.requests.append(body)
         ids, rid, params, limit = body["input_ids"], body["rid"], body["sampling_params"], self._model.max_positions
-        if len(ids) + params["max_new_tokens"] > limit or len(ids) > limit - 6:
+        if len(ids) + params["max_new_tokens"] > limit or len(ids) >= limit - 6:
             yield {"error": {"message": f"{len(ids)} tokens exceed the context length {limit}", "code": 400}}
             return
         if rid in self._running:
@@ -199,7 +199,9 @@ class FakeSGLang:
             self.weights = {n: torch.rand(t.shape, generator=generator, dtype=t.dtype) for n, t in self.weights.items()}
             self._is_loaded = False
             return 200, {"success": True, "message": "Success."}
-        sums = {n: hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for n, t in self.weights.items()}
+        sums = {
+            n: hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for n, t in self.weights.items()
+        }
         return 200, {"success": True, "message": "Success.", "ranks": [{"checksums": sums, "per_gpu_checksum": ""}]}
 
     async def _on_update_weight_version(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:

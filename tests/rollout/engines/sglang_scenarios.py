@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import fake_radix
 from fake_sglang import FakeSGLang, serialize
@@ -42,7 +40,7 @@ async def connect(url: str, folder: Path, **options: Any) -> SGLangEngine:
 def plugin(*, max_age: int = 1, host_bytes: int = 1 << 20) -> Iterator[tuple[KeepOnServer, KVPlugin]]:
     """What an engine is told of a plugin, and the plugin."""
     folder = install(host_bytes, "none")
-    with mock.patch.dict(sys.modules, fake_radix.modules()):
+    with fake_radix.importable():
         yield KeepOnServer(folder, max_age), KVPlugin(PluginSettings(str(folder), host_bytes, "none"))
     shutil.rmtree(folder)
 

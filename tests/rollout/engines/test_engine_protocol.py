@@ -134,15 +134,15 @@ def test_requests_end_as_length_or_at_their_stop_token(opened, folder):
                 engine,
                 [
                     request(0, prompt(0, 9), 30, seed=4, stop_token_ids=(stop,)),
-                    request(1, prompt(1, 250), 30),
+                    request(1, prompt(1, 249), 30),
                     request(2, [1], 0),
                 ],
             )
             assert free.ending == Ending.LENGTH and len(free.token_ids) == 30
             assert stopped[0].ending == Ending.STOP
             assert stopped[0].token_ids.tolist() == free.token_ids[: first + 1].tolist(), "the stop token is included"
-            left = 6 - (CONTEXT_MARGIN if isinstance(engine, SGLangEngine) else 0)
-            assert stopped[1].ending == Ending.LENGTH and len(stopped[1].token_ids) == left, "256 positions, 250 of them used"
+            left = 7 - (CONTEXT_MARGIN if isinstance(engine, SGLangEngine) else 0)
+            assert stopped[1].ending == Ending.LENGTH and len(stopped[1].token_ids) == left, "256 positions, 249 of them used"
             assert stopped[2].ending == Ending.LENGTH and len(stopped[2].token_ids) == 0
 
     run(scenario())

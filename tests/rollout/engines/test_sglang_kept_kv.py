@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from contextlib import ExitStack, suppress
-from unittest import mock
 
 import fake_radix
 import numpy as np
@@ -47,7 +45,7 @@ def test_what_is_put_back_is_what_was_saved_and_no_page_is_lost(page_size, num_s
     """Phases with new weights each; trajectories share a prompt and grow; room may be short on the device and on the host."""
     scheduler = fake_radix.Scheduler(num_slots=64, page_size=page_size)
     allocator = scheduler.token_to_kv_pool_allocator
-    with mock.patch.dict(sys.modules, fake_radix.modules()):
+    with fake_radix.importable():
         cache = PrefixCache(scheduler)
     store = PageStore(cache.pool, host_bytes=num_slots * page_size * TOKEN_BYTES, compression="none")
     contexts = {i: [*range(num_shared), *prompt(i, n)] for i, n in enumerate(lengths)}
@@ -224,7 +222,12 @@ def test_a_server_without_the_plugin_or_that_it_cannot_work_in_is_refused_at_the
             with pytest.raises(EngineGoneError, match="KV plugin of rank 0 does not answer .*FileNotFoundError.* SGLANG_PLUGINS"):
                 await connect(s.url, folder, keep=keep)
             for host_bytes, spoil, message in [
-                (1 << 20, lambda scheduler: setattr(scheduler.tree_cache, "disable", True), "RadixCache, switched off; see"),
+                (
+                    1 << 20,
+                    lambda scheduler: setattr(scheduler.tree_cache, "disable", True),
+                    "switched on, found RadixCache; see rollout.sglang.server_arguments",
+                ),
+                (1 << 20, lambda scheduler: setattr(scheduler, "tree_cache", object()), "switched on, found object;"),
                 (1 << 20, lambda scheduler: setattr(scheduler.ps, "pp_size", 2), "pipeline or data parallelism cannot keep KV"),
                 (TOKEN_BYTES - 1, lambda scheduler: None, "kv_store.host_bytes: 63 bytes for each rank"),
             ]:

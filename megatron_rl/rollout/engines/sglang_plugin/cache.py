@@ -28,8 +28,8 @@ class PrefixCache:
         kind, ranks = type(self._tree).__name__, scheduler.ps
         if kind != "RadixCache" or self._tree.disable:
             raise EngineError(
-                f"rollout.kv_policy=keep: the server's prefix cache is {kind}, "
-                f"{'switched off' if self._tree.disable else 'not RadixCache'}; see rollout.sglang.server_arguments"
+                f"rollout.kv_policy=keep: needs a server whose prefix cache is RadixCache and switched on, found {kind}; see "
+                "rollout.sglang.server_arguments (disable_radix_cache, enable_hierarchical_cache, radix_cache_backend)"
             )
         if self._tree.is_eagle or ranks.pp_size != 1 or ranks.dp_size != 1:
             raise EngineError(
