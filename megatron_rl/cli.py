@@ -12,18 +12,19 @@ import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 from rich.text import Text
 
 from megatron_rl import config as configuration
-from megatron_rl.cli_tables import listing, scores_table, sets_table, wide_console
 from megatron_rl.config import Config, DPOConfig, SFTConfig
 from megatron_rl.errors import ConfigError, MegatronRLError
+from megatron_rl.settings_help import HELP_WIDTH, listing
 
 if TYPE_CHECKING:
     from megatron_rl.rejection import Rules
@@ -112,7 +113,7 @@ def evaluate(
 ) -> None:
     """Score a model on the prompts that training never draws, or on a set: a table on stderr, one JSON object on stdout."""
     if list_sets:
-        wide_console().print(sets_table())
+        _wide_console().print(sets_table())
         return
     is_bare = config is not None and config.is_dir()
     if config is None or (is_bare and not questions):
@@ -289,7 +290,7 @@ def inspect(
 
     if trajectory is not None and group is not None:
         raise ConfigError("--trajectory and --group: give one of them")
-    console = wide_console()
+    console = _wide_console()
     if trajectory is not None:
         show_trajectory(run, trajectory, console)
     elif group is not None:
@@ -320,8 +321,27 @@ def doctor(
     from megatron_rl.doctor import State, examine, show
 
     findings = examine(config, overrides)
-    show(findings, wide_console())
+    show(findings, _wide_console())
     raise typer.Exit(1 if any(f.state is State.MISSING for f in findings) else 0)
+
+
+def scores_table(result: dict[str, Any]) -> Table:
+    """What one evaluation found."""
+    table = Table("", "mean", "95 % interval", box=None, pad_edge=False)
+    for score in result["scores"]:
+        table.add_row(score["name"], f"{score['mean']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}")
+    table.add_row("tokens", f"{result['mean_tokens']:.1f}", "")
+    return table
+
+
+def sets_table() -> Table:
+    """Every ready-made set."""
+    from megatron_rl.data.ready_made import READY_MADE
+
+    table = Table("set", "reasoning-gym task", "", box=None, pad_edge=False)
+    for name, ready in READY_MADE.items():
+        table.add_row(name, ready.task, ready.about)
+    return table
 
 
 def main() -> None:
@@ -361,3 +381,11 @@ def _start_logging() -> None:
     logging.basicConfig(level=logging.INFO, format=pattern, handlers=[handler])
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it prints its whole configuration at INFO
     warnings.filterwarnings("ignore", module="megatron", category=UserWarning)  # "Apex is not installed": doctor says it
+
+
+def _wide_console() -> Console:
+    """For tables; a pipe or file has no width of its own."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = HELP_WIDTH
+    return console

@@ -116,7 +116,8 @@ class Run:
         self.step += 1
         if self.course and self.metrics:
             step = self.course.steps[order.step]
-            kept = {key: value for key, value in stats.items() if not key.startswith(_OF_SAMPLES)}
+            idle = _OF_SAMPLES if self.method.needs_reference else (*_OF_SAMPLES, "log_ratio/")
+            kept = {key: value for key, value in stats.items() if not key.startswith(idle)}
             place = {"stage": step.stage, "epoch": step.epoch, "lr": order.lr}
             seconds = time.perf_counter() - start
             self.metrics.write({"iteration": order.step, **place, **kept, "time/train_s": seconds})

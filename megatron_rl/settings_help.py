@@ -1,6 +1,6 @@
-"""What the command line shows as tables: every setting of a kind of run, an evaluation, the ready-made sets.
+"""The end of `megatron-rl train --help` and of the other commands that read a config file: every setting, from its field.
 
-Imports neither torch nor Megatron, so that `--help` answers at once. The commands: `cli.py`.
+Refuses nothing and imports nothing heavy: `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from megatron_rl import config as configuration
 
-HELP_WIDTH = 130  # of the settings where the output is no terminal
+HELP_WIDTH = 130  # where the output is no terminal
 
 
 def listing(root: type[BaseModel]) -> type[TyperCommand]:
@@ -33,25 +33,6 @@ def listing(root: type[BaseModel]) -> type[TyperCommand]:
             console.print(settings_table(root))
 
     return SettingsCommand
-
-
-def scores_table(result: dict[str, Any]) -> Table:
-    """What one evaluation found."""
-    table = Table("", "mean", "95 % interval", box=None, pad_edge=False)
-    for score in result["scores"]:
-        table.add_row(score["name"], f"{score['mean']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}")
-    table.add_row("tokens", f"{result['mean_tokens']:.1f}", "")
-    return table
-
-
-def sets_table() -> Table:
-    """Every ready-made set."""
-    from megatron_rl.data.ready_made import READY_MADE
-
-    table = Table("set", "reasoning-gym task", "", box=None, pad_edge=False)
-    for name, ready in READY_MADE.items():
-        table.add_row(name, ready.task, ready.about)
-    return table
 
 
 def settings_table(root: type[BaseModel]) -> Table:
@@ -88,11 +69,3 @@ def _shown(default: Any) -> str:
 def _choices(annotation: Any) -> str:
     names = [name for name in getattr(annotation, "__args__", ()) if isinstance(name, str)]
     return f" ({' | '.join(names)})" if names else ""
-
-
-def wide_console() -> Console:
-    """For tables; a pipe or file has no width of its own."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = HELP_WIDTH
-    return console
