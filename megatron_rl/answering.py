@@ -1,15 +1,19 @@
 """Answer a fixed set of prompts several times and score every response: what evaluation, curation and long2short share.
 
 No buffer, no budgets: each response is generated in one go. Sampling noise is a function of the seed and a request's id, so
-callers that share an engine choose ids that never meet (`EVALUATION_IDS`). Refuses responses that cannot be scored.
+callers that share an engine choose ids that never meet (`EVALUATION_IDS`). Refuses responses that cannot be scored. How
+many requests an engine works on at a time is its own business; whoever wants fewer answers a part of the prompts at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +26,8 @@ from megatron_rl.rollout.engines.base import Engine, Request, Sampling
 from megatron_rl.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_rl.training.model import compute_dtype
 from megatron_rl.types import Ending, OutcomeKind, Prompt
+
+T = TypeVar("T")
 
 EVALUATION_IDS = 1 << 40  # first request id of evaluations during training: no run draws so many trajectories
 
@@ -56,7 +62,7 @@ async def answer(
     """`samples` responses to each prompt, in order. Prompts are dealt out to the engines in turn.
 
     Request ids are first_id + (prompt index) * samples + j. Raises EngineError for an engine that fails, RewardError when a
-    response cannot be scored."""
+    response cannot be scored. Cancelled, it leaves no request running."""
     found: dict[int, tuple[np.ndarray, Ending]] = {}
 
     async def generate(engine: Engine, mine: Sequence[int]) -> None:
@@ -72,10 +78,7 @@ async def answer(
                 found[chunk.trajectory_id] = (np.concatenate(parts[chunk.trajectory_id]), chunk.ending)
 
     deals = [(engine, range(n, len(prompts), len(engines))) for n, engine in enumerate(engines)]
-    async with asyncio.TaskGroup() as tasks:
-        for engine, mine in deals:
-            if mine:
-                tasks.create_task(generate(engine, mine))
+    await side_by_side(generate(engine, mine) for engine, mine in deals if mine)
 
     async def scored(prompt: Prompt, request_id: int) -> Response:
         ids, ending = found[request_id]
@@ -86,5 +89,39 @@ async def answer(
         return Response(text, len(ids), outcome.correct, ending)
 
     every = [(prompt, first_id + i * samples + j) for i, prompt in enumerate(prompts) for j in range(samples)]
-    flat = await asyncio.gather(*(scored(prompt, request_id) for prompt, request_id in every))
+    flat = await side_by_side(scored(prompt, request_id) for prompt, request_id in every)
     return [list(flat[i * samples : (i + 1) * samples]) for i in range(len(prompts))]
+
+
+async def side_by_side(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order. The first error, or a cancellation, ends the rest before it is raised."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def in_order(work: Iterator[Coroutine[Any, Any, T]], limit: int) -> AsyncGenerator[T, None]:
+    """The results in the order of `work`, at most `limit` of which run at a time; the next begins when any has ended.
+
+    The first error is raised at once. Closed, it ends what runs."""
+    tasks: deque[asyncio.Task[T]] = deque()
+    try:
+        while True:
+            num_running = sum(not task.done() for task in tasks)
+            tasks.extend(asyncio.create_task(one) for one in islice(work, limit - num_running))
+            running = [task for task in tasks if not task.done()]
+            if not running:  # then all are yielded: the first one of `tasks` was not done
+                return
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            while tasks and tasks[0].done():
+                yield tasks.popleft().result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -9,9 +9,10 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich
 import typer
@@ -19,13 +20,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperCommand
 
 from megatron_rl import config as configuration
-from megatron_rl.config import Config
+from megatron_rl.config import Config, DPOConfig, SFTConfig
 from megatron_rl.errors import ConfigError, MegatronRLError
+from megatron_rl.settings_help import HELP_WIDTH, listing
 
-HELP_WIDTH = 130  # of the settings where the output is no terminal
+if TYPE_CHECKING:
+    from megatron_rl.rejection import Rules
 
 app = typer.Typer(
     help="Reinforcement learning of language models with partial rollouts: Kimi k1.5 on Megatron-Core.",
@@ -59,9 +61,10 @@ class Form(StrEnum):
     MEGATRON = "megatron"
 
 
-class Kind(StrEnum):
-    SFT = "sft"
-    DPO = "dpo"
+class Keep(StrEnum):
+    SHORTEST = "shortest"
+    FIRST = "first"
+    ALL = "all"
 
 
 class Dtype(StrEnum):
@@ -69,41 +72,38 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-class SettingsCommand(TyperCommand):
-    """A command whose help ends with every setting of the config file."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        console = Console()
-        if not console.is_terminal:
-            console.width = HELP_WIDTH
-        console.print(
-            "[bold]Settings[/] of the config file, with units in brackets. [bold]ours[/]: the paper leaves the default open."
-        )
-        console.print(settings_table())
-
-
-@app.command(cls=SettingsCommand)
+@app.command(cls=listing(Config))
 def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Train as CONFIG says; a run that was interrupted goes on where it stopped."""
     settings = configuration.load(config, overrides)
     _start_logging()
     from megatron_rl.loop import train as run
 
-    try:
-        code = run(settings)
-    except KeyboardInterrupt as e:
-        rich.print("interrupted; the same command goes on from the last checkpoint and loses no finished token", file=sys.stderr)
-        raise typer.Exit(130) from e
-    raise typer.Exit(code)
+    _exit_with(lambda: run(settings), "and loses no finished token")
+
+
+@app.command(cls=listing(SFTConfig))
+def sft(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Fine-tune on conversations, loss on the assistant's tokens; an interrupted run goes on from its last checkpoint."""
+    settings = configuration.load_supervised(SFTConfig, config, overrides)
+    _start_logging()
+    from megatron_rl.supervised.sft import sft as run
+
+    _exit_with(lambda: run(settings))
 
 
 @app.command("eval")
 def evaluate(
-    config: ConfigArgument,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG|MODEL", help="YAML file; or a Hugging Face model folder, with --set")
+    ] = None,
     overrides: OverridesArgument = None,
     model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
     split: Annotated[Split, typer.Option(help="prompts to answer")] = Split.HELD_OUT,
+    questions: Annotated[
+        str | None, typer.Option("--set", help="instead of a split: a ready-made set, or a JSONL file with answers")
+    ] = None,
+    list_sets: Annotated[bool, typer.Option("--list", help="name the ready-made sets, and do nothing else")] = False,
     sampled: Annotated[bool, typer.Option("--sampled", help="sample at rollout.temperature instead of greedily")] = False,
     samples: Annotated[int, typer.Option(min=1, help="responses for each prompt")] = 1,
     record: Annotated[
@@ -111,12 +111,21 @@ def evaluate(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="also write the result as a page")] = None,
 ) -> None:
-    """Score a model on the prompts that training never draws: a table on stderr, one JSON object on stdout."""
-    settings = configuration.load(config, overrides)
+    """Score a model on the prompts that training never draws, or on a set: a table on stderr, one JSON object on stdout."""
+    if list_sets:
+        _wide_console().print(sets_table())
+        return
+    is_bare = config is not None and config.is_dir()
+    if config is None or (is_bare and not questions):
+        raise ConfigError("eval: give a CONFIG, or a MODEL folder with --set; --list names the ready-made sets")
+    if is_bare and record:
+        raise ConfigError("--record: a MODEL folder is no run; give the run's CONFIG, and the folder as --model")
+    settings = configuration.load_bare(config, overrides) if is_bare else configuration.load(config, overrides)
     _start_logging()
     from megatron_rl.evaluate import evaluate as score
 
-    result = score(settings, model or settings.model.folder, split=split.value, greedy=not sampled, samples=samples)
+    name = questions or split.value
+    result = score(settings, model or settings.model.folder, split=name, greedy=not sampled, samples=samples)
     Console(stderr=True).print(scores_table(result))
     typer.echo(json.dumps(result, indent=2))
     if html:
@@ -142,6 +151,7 @@ def curate(
     tries: Annotated[int, typer.Option(min=1, help="answers without reasoning, none of which may be right (paper 2.1)")] = 8,
     lowest: Annotated[float, typer.Option(min=0, max=1, help="least pass rate kept")] = 0.0,
     highest: Annotated[float, typer.Option(min=0, max=1, help="largest pass rate kept")] = 0.9,
+    in_flight: Annotated[int, typer.Option(min=1, help="prompts worked on at a time")] = 32,
 ) -> None:
     """Keep the training prompts that RL can learn from; says of every prompt why it was kept or dropped."""
     settings = configuration.load(config, overrides)
@@ -149,8 +159,28 @@ def curate(
     from megatron_rl.curate import Rules
     from megatron_rl.curate import curate as decide
 
-    rules = Rules(samples=samples, temperature=temperature, tries=tries, lowest=lowest, highest=highest)
+    rules = Rules(samples=samples, temperature=temperature, tries=tries, lowest=lowest, highest=highest, in_flight=in_flight)
     typer.echo(json.dumps(decide(settings, model or settings.model.folder, out, rules)))
+
+
+@app.command("sft-data")
+def sft_data(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="folder to write; an interrupted sampling goes on there")],
+    overrides: OverridesArgument = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="responses for each prompt")] = 8,
+    keep: Annotated[Keep, typer.Option(help="which of a prompt's right responses")] = Keep.FIRST,
+    most: Annotated[int, typer.Option(min=1, help="of one prompt at most, unless all are kept")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="a longer response is not kept [tokens]")] = None,
+    bare: Annotated[
+        bool, typer.Option("--bare", help="write the questions without data.system_message and data.worked_turns")
+    ] = False,
+) -> None:
+    """Sample responses to the training prompts and write the right ones as data for sft."""
+    from megatron_rl.rejection import Rules
+
+    _write_data(config, overrides, model, out, Rules(samples, keep.value, most, max_tokens, bare))
 
 
 @long2short.command()
@@ -167,21 +197,70 @@ def merge(
 
 
 @long2short.command()
-def select(
+def reject(
     config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="folder to write: sft.jsonl and pairs.jsonl; an interrupted sampling goes on there")],
     overrides: OverridesArgument = None,
-    kind: Annotated[Kind, typer.Option(help="sft: the shortest right response; dpo: it, against longer ones")] = Kind.SFT,
     model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
     samples: Annotated[int, typer.Option(min=2, help="responses for each prompt (paper 2.4)")] = 8,
-    out: Annotated[Path, typer.Option(help="JSONL file to write")] = Path("selection.jsonl"),
 ) -> None:
-    """Sample responses to the training prompts and keep what long2short trains on."""
-    settings = configuration.load(config, overrides)
-    _start_logging()
-    from megatron_rl.long2short.selection import write_selection
+    """Sample responses to the training prompts; keep the shortest right one for sft, and it against longer ones for dpo."""
+    from megatron_rl.rejection import Rules
 
-    counts = write_selection(settings, model or settings.model.folder, out, kind=kind.value, samples=samples)
-    typer.echo(f"{out}: {counts['lines']} lines from {counts['prompts']} prompts")
+    _write_data(config, overrides, model, out, Rules(samples=samples, keep="shortest", pairs=True))
+
+
+@long2short.command(cls=listing(DPOConfig))
+def dpo(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train on preference pairs; an interrupted run goes on from its last checkpoint."""
+    settings = configuration.load_supervised(DPOConfig, config, overrides)
+    _start_logging()
+    from megatron_rl.long2short.dpo import dpo as run
+
+    _exit_with(lambda: run(settings))
+
+
+@long2short.command()
+def rl(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="run folder of the second phase")],
+    overrides: OverridesArgument = None,
+    model: Annotated[Path | None, typer.Option(help="folder it starts from; default hf/ of the config's run.folder")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="longest response; default half of rollout.max_response_tokens")
+    ] = None,
+) -> None:
+    """Second RL phase: train as CONFIG says, with the length reward and much shorter responses, from a trained model."""
+    from megatron_rl.long2short.rl import overlay
+
+    changes = overlay(configuration.load(config), out, model=model, max_tokens=max_tokens)
+    train(config, [*changes, *(overrides or [])])
+
+
+@long2short.command()
+def plot(
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULT...", help="JSON files from `megatron-rl eval`, or model folders, with --set")
+    ],
+    out: Annotated[Path, typer.Option(help="file to write, .html or .svg")] = Path("long2short.html"),
+    questions: Annotated[str | None, typer.Option("--set", help="what model folders are evaluated on, as in eval")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="model folders: responses for each prompt; 1 is greedy")] = 1,
+) -> None:
+    """Draw tokens against accuracy of several models (paper, figure 7)."""
+    from megatron_rl.long2short.plot import Result, read_result, write_plot
+
+    folders = [path for path in results if path.is_dir()]
+    if folders and not questions:
+        raise ConfigError(f"plot: {folders[0]} is a model folder; say with --set what to evaluate it on")
+    read = {path: read_result(path) for path in results if path not in folders}
+    if folders:
+        _start_logging()
+        from megatron_rl.evaluate import evaluate as score
+    for path in folders:
+        found = score(configuration.load_bare(path), path, split=questions or "", greedy=samples == 1, samples=samples)
+        read[path] = Result(path.resolve().parent.name if path.name == "hf" else path.name, found)
+    write_plot([read[path] for path in results], out)
+    typer.echo(str(out))
 
 
 @app.command()
@@ -224,8 +303,11 @@ def inspect(
 def report(run: RunArgument) -> None:
     """Write RUN/report.html anew, also while the run goes on."""
     from megatron_rl.report.html import write_report
+    from megatron_rl.report.supervised import write_supervised_report
+    from megatron_rl.run_folder import kind_of
 
-    typer.echo(str(write_report(run)))
+    write = write_report if kind_of(run) == Config.kind else write_supervised_report
+    typer.echo(str(write(run)))
 
 
 @app.command()
@@ -252,22 +334,13 @@ def scores_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def settings_table() -> Table:
-    """Every setting: dotted key, default, `ours`, what it is."""
-    table = Table("setting", "default", "", "", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
-    section = ""
-    for key, info in configuration.iter_settings(Config):
-        if key.split(".")[0] != section:
-            section = key.split(".")[0]
-            table.add_row(
-                Text(f"\n{section}:", style="bold cyan"), "", "", Text(f"\n{Config.model_fields[section].description or ''}")
-            )
-        default = (
-            Text("required", style="bold") if info.is_required() else Text(_shown(info.get_default(call_default_factory=True)))
-        )
-        ours = Text("ours", style="dim") if info.json_schema_extra["ours"] else ""
-        table.add_row(Text(f"  {key}"), default, ours, Text(f"{info.description or ''}{_choices(info.annotation)}"))
+def sets_table() -> Table:
+    """Every ready-made set."""
+    from megatron_rl.data.ready_made import READY_MADE
+
+    table = Table("set", "reasoning-gym task", "", box=None, pad_edge=False)
+    for name, ready in READY_MADE.items():
+        table.add_row(name, ready.task, ready.about)
     return table
 
 
@@ -280,19 +353,22 @@ def main() -> None:
         sys.exit(2)
 
 
-def _shown(default: Any) -> str:
-    if default is None:
-        return "none"
-    if isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, tuple):
-        return str(list(default))
-    return str(default)
+def _write_data(config: Path, overrides: list[str] | None, model: Path | None, out: Path, rules: Rules) -> None:
+    settings = configuration.load(config, overrides)
+    _start_logging()
+    from megatron_rl.rejection import write_data
+
+    typer.echo(json.dumps(write_data(settings, model or settings.model.folder, out, rules)))
 
 
-def _choices(annotation: Any) -> str:
-    names = [name for name in getattr(annotation, "__args__", ()) if isinstance(name, str)]
-    return f" ({' | '.join(names)})" if names else ""
+def _exit_with(run: Callable[[], int], addition: str = "") -> None:
+    """The exit code of a run; 130 after Ctrl-C."""
+    try:
+        code = run()
+    except KeyboardInterrupt as e:
+        rich.print(f"interrupted; the same command goes on from the last checkpoint {addition}".rstrip(), file=sys.stderr)
+        raise typer.Exit(130) from e
+    raise typer.Exit(code)
 
 
 def _start_logging() -> None:

@@ -2,7 +2,8 @@
 
 The folder it writes: `decisions.jsonl`, one line a prompt as it is decided, from which an interrupted curation goes on;
 at the end `kept.jsonl` (a `data.path`, with difficulty and tags), `dropped.jsonl` (with the reason) and `report.json`. Cheap
-rules come before generation. Refuses to go on with other settings than it began with. The rules: `data/curation.py`.
+rules come before generation, in which a bounded number of prompts is at a time. Refuses to go on with other settings than it
+began with. The rules: `data/curation.py`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.answering import answer, folder_engine
+from megatron_rl.answering import answer, in_order
 from megatron_rl.config import Config, dump
 from megatron_rl.data import curation
 from megatron_rl.data.curation import Verdict
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
+from megatron_rl.folder_engines import folder_engines
 from megatron_rl.rewards.scorer import Scorer
 from megatron_rl.rollout.engines.base import Engine, Sampling
 from megatron_rl.run_folder import write_atomically
@@ -42,7 +45,7 @@ class Rules:
     answer_tokens: int = 32  # of a try without reasoning
     lowest: float = 0.0  # pass rates that are kept
     highest: float = 0.9
-    batch: int = 32  # prompts decided between two writes
+    in_flight: int = 32  # prompts worked on at a time; changes no decision
 
 
 @dataclass(frozen=True)
@@ -60,82 +63,79 @@ def curate(config: Config, model_folder: Path, out: Path, rules: Rules) -> dict[
     tokenizer = ChatTokenizer.from_folder(model_folder)
     prompts = load_prompts(config.data, tokenizer).train
     out.mkdir(parents=True, exist_ok=True)
-    _check_settings(out, {"config": dump(config), "model": str(model_folder), "rules": asdict(rules)})
-    engine = folder_engine(config, model_folder, "curation")
-    decisions = asyncio.run(decide(config, [engine], tokenizer, prompts, out / "decisions.jsonl", rules))
+    decisive = {key: value for key, value in asdict(rules).items() if key != "in_flight"}
+    _check_settings(out, {"config": dump(config), "model": str(model_folder), "rules": decisive})
+    with asyncio.Runner() as runner, folder_engines(config, model_folder, runner, name="curation") as engines:
+        decisions = runner.run(decide(config, engines, tokenizer, prompts, out / "decisions.jsonl", rules))
     return _write_results(config, prompts, decisions, out)
 
 
 async def decide(
     config: Config, engines: Sequence[Engine], tokenizer: ChatTokenizer, prompts: Sequence[Prompt], log_file: Path, rules: Rules
 ) -> dict[str, Decision]:
-    """All decisions by prompt id; those already in the file are taken from there. Closes the engines."""
+    """All decisions by prompt id; those already in the file are taken from there, the others are added in the prompts' order,
+    each as soon as it and those before it are made."""
     scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
     decided = _read_decisions(log_file)
     todo = [(i, prompt) for i, prompt in enumerate(prompts) if prompt.id not in decided]
     first: dict[str, str] = {}
     repeats = {p.id: earlier for p in prompts if (earlier := first.setdefault(curation.repeat_key(p), p.id)) != p.id}
+    judge = _Judge(config, engines, tokenizer, scorer, repeats, rules)
     try:
-        for start in range(0, len(todo), rules.batch):
-            part = todo[start : start + rules.batch]
-            found = await _decide_batch(config, engines, tokenizer, scorer, part, repeats, rules)
+        async with aclosing(in_order((judge.decide(i, prompt) for i, prompt in todo), rules.in_flight)) as decisions:
             with log_file.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(decision)) + "\n" for decision in found)
-            decided |= {decision.id: decision for decision in found}
-            log.info("%d of %d prompts decided", len(decided), len(prompts))
+                async for decision in decisions:
+                    file.write(json.dumps(asdict(decision)) + "\n")
+                    file.flush()
+                    decided[decision.id] = decision
+                    if len(decided) % rules.in_flight == 0 or len(decided) == len(prompts):
+                        log.info("%d of %d prompts decided", len(decided), len(prompts))
     finally:
         await scorer.close()
-        for engine in engines:
-            await engine.close()
     return decided
 
 
-async def _decide_batch(
-    config: Config,
-    engines: Sequence[Engine],
-    tokenizer: ChatTokenizer,
-    scorer: Scorer,
-    part: Sequence[tuple[int, Prompt]],
-    repeats: dict[str, str],
-    rules: Rules,
-) -> list[Decision]:
-    """One decision a prompt. Request ids follow from a prompt's place, so an interruption changes no sample."""
-    found: list[Decision] = []
-    left: list[tuple[int, Prompt]] = []
-    for i, prompt in part:
-        if prompt.id in repeats:
-            found.append(Decision(prompt.id, Verdict.REPEAT, f"the question of prompt {repeats[prompt.id]}"))
-        elif kind := curation.guessable(prompt):
-            found.append(Decision(prompt.id, kind, "the answer can be guessed, or not checked, because of its kind"))
-        else:
-            left.append((i, prompt))
-    sampling = Sampling(rules.temperature, seed=config.run.seed, stop_token_ids=tokenizer.stop_token_ids)
-    ids = rules.samples + rules.tries
-    for i, prompt in left:
-        hack = replace(prompt, token_ids=tokenizer.encode_chat(curation.without_reasoning(prompt.messages)))
-        common: dict[str, Any] = {"sampling": sampling}
-        (tries,) = await answer(
-            engines, tokenizer, scorer, [hack], samples=rules.tries, max_tokens=rules.answer_tokens, first_id=i * ids, **common
-        )
-        if hits := sum(r.is_correct for r in tries):
+@dataclass(frozen=True)
+class _Judge:
+    """Decides prompts one by one; many at a time share the engines."""
+
+    config: Config
+    engines: Sequence[Engine]
+    tokenizer: ChatTokenizer
+    scorer: Scorer
+    repeats: dict[str, str]  # prompt id -> the earlier prompt of the same question
+    rules: Rules
+
+    async def decide(self, i: int, prompt: Prompt) -> Decision:
+        """Cheap rules first. `i` is the prompt's place among all: request ids follow from it, so neither an interruption nor
+        what else runs changes a sample."""
+        rules = self.rules
+        if prompt.id in self.repeats:
+            return Decision(prompt.id, Verdict.REPEAT, f"the question of prompt {self.repeats[prompt.id]}")
+        if kind := curation.guessable(prompt):
+            return Decision(prompt.id, kind, "the answer can be guessed, or not checked, because of its kind")
+        bare = replace(prompt, token_ids=self.tokenizer.encode_chat(curation.without_reasoning(prompt.messages)))
+        if hits := await self._num_correct(i, bare, rules.tries, rules.answer_tokens, first_sample=0):
             reason = f"{hits} of {rules.tries} tries without reasoning are right"
-            found.append(Decision(prompt.id, Verdict.EASY_TO_HACK, reason))
-            continue
-        limit = config.rollout.max_response_tokens
-        (full,) = await answer(
-            engines,
-            tokenizer,
-            scorer,
-            [prompt],
-            samples=rules.samples,
-            max_tokens=limit,
-            first_id=i * ids + rules.tries,
-            **common,
-        )
-        rate = sum(r.is_correct for r in full) / rules.samples
+            return Decision(prompt.id, Verdict.EASY_TO_HACK, reason)
+        limit = self.config.rollout.max_response_tokens
+        rate = await self._num_correct(i, prompt, rules.samples, limit, first_sample=rules.tries) / rules.samples
         verdict = curation.by_pass_rate(rate, lowest=rules.lowest, highest=rules.highest)
-        found.append(Decision(prompt.id, verdict, f"pass rate {rate:g}, kept are {rules.lowest:g} to {rules.highest:g}", rate))
-    return found
+        return Decision(prompt.id, verdict, f"pass rate {rate:g}, kept are {rules.lowest:g} to {rules.highest:g}", rate)
+
+    async def _num_correct(self, i: int, prompt: Prompt, samples: int, max_tokens: int, *, first_sample: int) -> int:
+        seed, stop = self.config.run.seed, self.tokenizer.stop_token_ids
+        (responses,) = await answer(
+            [self.engines[i % len(self.engines)]],
+            self.tokenizer,
+            self.scorer,
+            [prompt],
+            samples=samples,
+            sampling=Sampling(self.rules.temperature, seed=seed, stop_token_ids=stop),
+            max_tokens=max_tokens,
+            first_id=i * (self.rules.samples + self.rules.tries) + first_sample,
+        )
+        return sum(r.is_correct for r in responses)
 
 
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:

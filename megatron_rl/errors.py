@@ -4,6 +4,10 @@ Every message names the setting or file, what was found, the rule and the remedy
 `MegatronRLError` is the user's or the outside world's doing; our own bugs fail as plain asserts.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class MegatronRLError(Exception):
     """Base of all errors a user can cause or repair."""
@@ -35,6 +39,14 @@ class BufferFileError(MegatronRLError, RuntimeError):
 
 class KVFileError(MegatronRLError, RuntimeError):
     """A file of spilled KV is damaged, cut short or another's; its tokens are computed again."""
+
+
+class TrainingError(MegatronRLError, RuntimeError):
+    """A loss or gradient is not finite; no step was taken."""
+
+    def __init__(self, message: str, *, trajectory_ids: Sequence[int]) -> None:
+        super().__init__(message)
+        self.trajectory_ids = tuple(trajectory_ids)  # of the micro-batches at fault
 
 
 class CheckpointError(MegatronRLError, RuntimeError):

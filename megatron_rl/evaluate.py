@@ -2,7 +2,8 @@
 
 Correctness only (1 at a full score, else 0): its mean, which is pass@1, unbiased pass@k and the majority vote, each with a
 bootstrap interval over prompts. Training never draws the held-out split; `data/sources.py` keeps the two apart by question
-text. Generating and scoring: `answering.py`; the numbers: `statistics.py`.
+text. Which sets there are: `data/evaluation_sets.py`; generating and scoring: `answering.py`; the numbers: `statistics.py`;
+evaluation while training: `interval_evaluation.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rl.answering import Response, answer, folder_engine
-from megatron_rl.config import Config
-from megatron_rl.data.sources import load_prompts
+from megatron_rl.answering import Response, answer
+from megatron_rl.config import Config, RewardsConfig
+from megatron_rl.data.evaluation_sets import load_set
 from megatron_rl.data.tokenizer import ChatTokenizer
-from megatron_rl.errors import DataError
+from megatron_rl.folder_engines import folder_engines
 from megatron_rl.rewards.scorer import Scorer
-from megatron_rl.rollout.engines.base import Sampling
+from megatron_rl.rollout.engines.base import Engine, Sampling
 from megatron_rl.statistics import bootstrap_interval, final_answer, majority_is_correct, pass_at_k
-from megatron_rl.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -52,49 +52,37 @@ class Evaluation:
 
 
 def evaluate(config: Config, model_folder: Path, *, split: str = "held_out", greedy: bool = True, samples: int = 1) -> dict:
-    """Answer every prompt of `split` (`held_out` or `train`) `samples` times; returns the fields of Evaluation.
+    """Answer every prompt of `split` (a name as in `load_set`) `samples` times; returns the fields of Evaluation.
 
-    Raises DataError when the split is empty or a prompt has no answer, RewardError when a response could not be scored."""
+    Raises DataError when the set is empty or a prompt has no answer, RewardError when a response could not be scored."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
-    prompts = getattr(load_prompts(config.data, tokenizer), split)
-    check_answers(prompts, split, [term.name for term in config.rewards.terms])
-    engine = folder_engine(config, model_folder, "evaluation")
+    questions = load_set(split, config, tokenizer)
     temperature = 0.0 if greedy else config.rollout.temperature
     sampling = Sampling(temperature=temperature, seed=config.run.seed, stop_token_ids=tokenizer.stop_token_ids)
 
-    async def respond() -> list[list[Response]]:
-        scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
+    async def respond(engines: Sequence[Engine]) -> list[list[Response]]:
+        scorer = Scorer(questions.rewards, config.rollout.repetition.penalty)
         try:
             limit = config.rollout.max_response_tokens
-            return await answer([engine], tokenizer, scorer, prompts, samples=samples, sampling=sampling, max_tokens=limit)
+            return await answer(
+                engines, tokenizer, scorer, questions.prompts, samples=samples, sampling=sampling, max_tokens=limit
+            )
         finally:
             await scorer.close()
-            await engine.close()
 
-    responses = asyncio.run(respond())
+    with asyncio.Runner() as runner, folder_engines(config, model_folder, runner, name="evaluation") as engines:
+        responses = runner.run(respond(engines))
     return asdict(
         summary(
             responses,
             seed=config.run.seed,
-            prefix=answer_prefix(config),
+            prefix=answer_prefix(questions.rewards),
             model=str(model_folder),
-            split=split,
+            split=questions.name,
             greedy=greedy,
             temperature=temperature,
         )
     )
-
-
-def check_answers(prompts: Sequence[Prompt], split: str, terms: Sequence[str]) -> None:
-    """Raises DataError for an empty split, or prompts without the reference answers that their verifiers compare with."""
-    if not prompts:
-        raise DataError(f"split {split!r} is empty; set data.held_out to the number of prompts to keep out of training")
-    compared = all(name in ("exact", "math") for prompt in prompts for name in terms or [prompt.verifier])
-    if compared and not any(prompt.answer.strip() for prompt in prompts):
-        raise DataError(
-            f"split {split!r}: none of its {len(prompts)} prompts has a reference answer, so nothing can be scored; fill the "
-            "field `answer`, or choose a verifier that needs none"
-        )
 
 
 def summary(
@@ -139,6 +127,6 @@ def summary(
     )
 
 
-def answer_prefix(config: Config) -> str | None:
+def answer_prefix(rewards: RewardsConfig) -> str | None:
     """What the first term that reads a prefix looks for; a vote looks for the same."""
-    return next((str(term.options["prefix"]) for term in config.rewards.terms if "prefix" in term.options), None)
+    return next((str(term.options["prefix"]) for term in rewards.terms if "prefix" in term.options), None)

@@ -27,29 +27,40 @@ def train(config: Config) -> int:
     """Run to `run.iterations`, or to a SIGTERM. Returns the exit code."""
     with open_run(config) as run:
         while True:
-            groups, seconds = _roll_out(run)
+            seconds: dict[str, float] = {}
+            scores = _evaluate(run, seconds)
+            groups = _roll_out(run, seconds)
             order = _order(run, groups)
             if order.stop:
                 break
-            stats = _train(run, groups, seconds) if order.train else {}
+            stats = scores | (_train(run, groups, seconds) if order.train else {})
             run.iteration += 1
             if run.master:
                 run.master.report_iteration(order.iteration, run.version, groups, stats, seconds)
             if order.save:
                 run.save()
+        if run.master and run.is_over and scores:
+            run.master.report_last_evaluation(run.iteration, run.version, scores)
         if run.iteration > run.saved_iteration:
             run.save()
         run.finish()
     return 0
 
 
-def _roll_out(run: Run) -> tuple[list[Group], dict[str, float]]:
+def _evaluate(run: Run, seconds: dict[str, float]) -> dict[str, float]:
+    """Rank 0: the weights at hand on fixed sets of prompts, where this iteration is one before which that is due."""
+    if run.master is None or run.shutdown.requested or not run.master.evaluates(run.iteration):
+        return {}
+    with _timed(run, seconds, "evaluation"):
+        return run.master.evaluate()
+
+
+def _roll_out(run: Run, seconds: dict[str, float]) -> list[Group]:
     """Rank 0: unfinished trajectories first, then fresh prompts, until the phase ends; scored meanwhile."""
-    seconds: dict[str, float] = {}
     if run.master is None or run.is_over or run.shutdown.requested:
-        return [], seconds
+        return []
     with _timed(run, seconds, "rollout"):
-        return run.master.batch(run.iteration, run.version), seconds
+        return run.master.batch(run.iteration, run.version)
 
 
 def _order(run: Run, groups: list[Group]) -> Order:
@@ -74,7 +85,7 @@ def _train(run: Run, groups: list[Group], seconds: dict[str, float]) -> dict[str
         with _timed(run, seconds, "reference"):
             reference = trainer.log_probs(batch)
     with _timed(run, seconds, "train"):
-        stats = trainer.step(batch, run.objective, reference)
+        stats = trainer.step(batch, run.objective, reference, epochs=run.config.training.epochs)
     return_freed_memory()
     run.check_mismatch(stats)
     with _timed(run, seconds, "publish"):

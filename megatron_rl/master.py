@@ -22,6 +22,7 @@ from megatron_rl.data.samplers import make_sampler
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.file_system import network_advice
+from megatron_rl.interval_evaluation import IntervalEvaluation
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.report.html import write_report
 from megatron_rl.report.metrics import MetricsLog
@@ -33,6 +34,7 @@ from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.kept_kv import KeptKV
 from megatron_rl.rollout.scheduler import Rollout
 from megatron_rl.rollout.selection import share_without_loss, training_sequences
+from megatron_rl.supervised.ptx import PTX
 from megatron_rl.types import Group, OutcomeKind, TrainingSequence
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,12 @@ class Master:
         self.tokenizer = ChatTokenizer.from_folder(config.model.folder)
         self.prompts = load_prompts(config.data, self.tokenizer)
         self.scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
+        self.evaluation: IntervalEvaluation | None = None
+        if config.evaluation.every:
+            self.evaluation = IntervalEvaluation(config, self.tokenizer, self.prompts, self.scorer)
         self.shaping = Shaping(config.rewards)
         self.algorithm = make_algorithm(config.algorithm)
+        self.ptx = PTX(config, self.tokenizer, model) if config.algorithm.ptx.weight else None
         self.sampler = make_sampler(config.sampler, self.prompts.train, config.run.seed)
         self.buffer = ReplayBuffer(config.buffer_path, run_id=run_id)
         self.metrics = MetricsLog(config.run.folder, config.report.tensorboard)
@@ -83,6 +89,15 @@ class Master:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the conductor, as JSON."""
         return {"sampler": self.sampler.state(), "shaping": self.shaping.state()}
+
+    def evaluates(self, iteration: int) -> bool:
+        """Whether the weights before this iteration are evaluated; after the last one, `iteration` is their number."""
+        return self.evaluation is not None and self.evaluation.is_due(iteration)
+
+    def evaluate(self) -> dict[str, float]:
+        """`eval/*` of the weights that the engines hold; {} when told to stop."""
+        assert self.evaluation is not None and self.rollout is not None, "`start` comes first"
+        return self.runner.run(self.evaluation.run(self.rollout.engines))
 
     def batch(self, iteration: int, version: int) -> list[Group]:
         """The batch of an iteration: the recorded one where there is one, else what a rollout phase yields.
@@ -132,6 +147,8 @@ class Master:
                     100 * empty,
                 )
             minibatches.append(sequences)
+        if self.ptx:
+            minibatches = [[*own, *self.ptx.draw(iteration, step)] for step, own in enumerate(minibatches)]
         return minibatches
 
     def observe(self, groups: list[Group]) -> None:
@@ -153,10 +170,18 @@ class Master:
             **(self.runner.run(self.kept_kv.take_metrics()) if self.kept_kv else {}),
             "memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of rank 0's process, so far
             **{f"time/{phase}_s": seconds.get(phase, 0.0) for phase in ("rollout", "reference", "train", "publish")},
-            **{f"time/{phase}_s": seconds[phase] for phase in ("release", "onload", "offload", "resume") if phase in seconds},
+            **{
+                f"time/{phase}_s": seconds[phase]
+                for phase in ("evaluation", "release", "onload", "offload", "resume")
+                if phase in seconds
+            },
         }
         self.metrics.write(row)
         self.progress.iteration_done(row)
+
+    def report_last_evaluation(self, iteration: int, version: int, scores: dict[str, float]) -> None:
+        """A row after those of the iterations: nothing but `eval/*` of the trained weights."""
+        self.metrics.write({"iteration": iteration, "weight_version": version, **scores})
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -168,8 +193,9 @@ class Master:
     def stop(self) -> None:
         """Called from a signal handler: end the rollout phase early, its tokens committed."""
         self.stopping = True
-        if self.rollout is not None:
-            self.runner.get_loop().call_soon_threadsafe(self.rollout.stop)
+        for part in (self.rollout, self.evaluation):
+            if part is not None:
+                self.runner.get_loop().call_soon_threadsafe(part.stop)
 
     def finish(self, *, is_over: bool, iteration: int) -> None:
         """The report, and what to do next."""
@@ -190,6 +216,8 @@ class Master:
     def close(self) -> None:
         self.progress.close()
         self.metrics.close()
+        if self.evaluation:
+            self.runner.run(self.evaluation.close())
         self.runner.run(self.scorer.close())
         self.buffer.close()
 

@@ -57,8 +57,8 @@ class Orders:
             raise EngineError(f"rank {self._rank}: rank 0 is gone; see its log for the cause") from e
         except dist.DistStoreError as e:
             raise EngineError(
-                f"rank {self._rank}: no order from rank 0 within rollout.phase_timeout_s={self._timeout.total_seconds():.0f}; "
-                "see rank 0's log for what it waits for, or raise the setting"
+                f"rank {self._rank}: no order from rank 0 within {self._timeout.total_seconds():.0f} s, which "
+                "rollout.phase_timeout_s allows; see rank 0's log for what it waits for, or raise the setting"
             ) from e
         self._count += 1
         return Order(**json.loads(text))

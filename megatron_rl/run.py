@@ -114,7 +114,8 @@ def open_run(config: Config) -> Iterator[Run]:
         trainer = Trainer(config, model)
         serving = _open_serving(config, model, ranks, runner, trainer, identity)
         stack.callback(serving.close)
-        orders = Orders(ranks.rank, ranks.world_size, host=ranks.master_host, timeout_s=config.rollout.phase_timeout_s)
+        wait_s = config.rollout.phase_timeout_s * (2 if config.evaluation.every else 1)  # an evaluation is a phase of its own
+        orders = Orders(ranks.rank, ranks.world_size, host=ranks.master_host, timeout_s=wait_s)
         run = Run(config, trainer, serving, orders, master)
         stack.callback(run.shutdown.close)
         state = run.resume()

@@ -120,6 +120,12 @@ class SGLangServing:
         with self._turn("resume", "generating"):
             self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
 
+    def adopt_folder(self) -> None:
+        """Call the model folder's weights, with which servers start, version 0, without loading anything."""
+        self._runner.run(_all(engine.adopt(0) for engine in self._plain))
+        for engine in self._supervised:
+            engine.loaded(0)
+
     @contextmanager
     def readable_weights(self) -> Iterator[None]:
         """With the servers' KV cache out of the way, which is empty at such a time. A dead server is no reason not to save."""

@@ -34,9 +34,7 @@ class Shutdown:
         self._on_request()
 
     def _leave(self) -> None:
-        log.warning(
-            "run.shutdown_s=%g passed before the step ended; it is trained again from the buffer on resume", self._deadline_s
-        )
+        log.warning("run.shutdown_s=%g passed before the step ended; it is done again on resume", self._deadline_s)
         os._exit(0)
 
     def close(self) -> None:

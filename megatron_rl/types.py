@@ -8,7 +8,7 @@ micro-batches: `training/packing.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -117,6 +117,11 @@ class Trajectory:
         return _joined([np.full(len(s.token_ids), s.weight_version, np.int32) for s in self.segments], np.int32)
 
     @property
+    def temperatures(self) -> np.ndarray:
+        """float32 [tokens]: the sampling temperature of each one's segment"""
+        return _joined([np.full(len(s.token_ids), s.temperature, np.float32) for s in self.segments], np.float32)
+
+    @property
     def from_policy(self) -> np.ndarray:
         """bool [tokens]"""
         return _joined([s.from_policy for s in self.segments], np.bool_)
@@ -149,6 +154,11 @@ class TrainingSequence:
     weight_versions: np.ndarray  # int32 [tokens]
     advantage: float  # computed over the whole group, before packing
     weight: float  # 1 / (members of its group * groups of its optimizer step): the loss denominator is global
+    temperatures: np.ndarray | None = None  # float32 [tokens]: of the softmax that each was drawn from; None: 1
+    is_supervised: bool = False  # given, not sampled: cross entropy, and no part in advantages or mismatch
+
+    def weighing(self, weight: float) -> TrainingSequence:
+        return replace(self, weight=weight)
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:

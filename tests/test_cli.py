@@ -7,7 +7,8 @@ import pytest
 import typer
 
 from megatron_rl import cli, config
-from megatron_rl.config import Config
+from megatron_rl.config import Config, DPOConfig, SFTConfig
+from megatron_rl.data.ready_made import READY_MADE
 from megatron_rl.errors import EngineError
 
 MINIMAL = """
@@ -19,8 +20,21 @@ rollout: {groups_per_iteration: 1, token_budget: 8, max_response_tokens: 16}
 
 COMMANDS = {  # frozen: scripts of users depend on it
     "train": ["config", "overrides"],
-    "eval": ["config", "overrides", "--model", "--split", "--sampled", "--samples", "--record", "--html"],
-    "curate": ["config", "--out", "overrides", "--model", "--samples", "--temperature", "--tries", "--lowest", "--highest"],
+    "sft": ["config", "overrides"],
+    "eval": ["config", "overrides", "--model", "--split", "--set", "--list", "--sampled", "--samples", "--record", "--html"],
+    "curate": [
+        "config",
+        "--out",
+        "overrides",
+        "--model",
+        "--samples",
+        "--temperature",
+        "--tries",
+        "--lowest",
+        "--highest",
+        "--in-flight",
+    ],
+    "sft-data": ["config", "--out", "overrides", "--model", "--samples", "--keep", "--most", "--max-tokens", "--bare"],
     "long2short": [],
     "convert": ["source", "target", "--to", "--tensor-parallel", "--pipeline-parallel", "--dtype"],
     "inspect": ["run", "--trajectory", "--group"],
@@ -64,14 +78,19 @@ def test_the_commands_and_their_arguments_are_frozen():
     assert found == COMMANDS
 
 
-def test_the_help_of_train_lists_every_setting_with_default_unit_and_mark(run):
-    code, out, _ = run("train", "--help")
+@pytest.mark.parametrize(("command", "root"), [(("train",), Config), (("sft",), SFTConfig), (("long2short", "dpo"), DPOConfig)])
+def test_the_help_lists_every_setting_with_default_unit_and_mark(run, command, root):
+    code, out, _ = run(*command, "--help")
     assert code == 0
     lines = {line.split()[0]: line for line in out.splitlines() if re.match(r"  \w+\.", line)}
-    assert list(lines) == config.known_keys()
-    for key, info in config.iter_settings(Config):
+    assert list(lines) == config.known_keys(root)
+    for key, info in config.iter_settings(root):
         assert (" required " in lines[key]) == info.is_required(), key
         assert (" ours " in lines[key]) == info.json_schema_extra["ours"], key
+
+
+def test_the_help_of_train_names_units_and_choices(run):
+    _, out, _ = run("train", "--help")
     flat = " ".join(out.split())
     assert (
         "rollout.token_budget required tokens a trajectory may add in one iteration; the rest waits in the buffer [tokens]"
@@ -96,6 +115,11 @@ def test_the_module_form_is_the_same_command():
         (["train", "nowhere.yaml"], "nowhere.yaml: cannot read the config file"),
         (["train", "CONFIG", "rollout.groupsize=4"], "rollout.groupsize: no such setting; the nearest is rollout.group_size"),
         (["train", "CONFIG", "rollout.group_size=1"], "rollout.group_size=1: a group baseline needs at least 2"),
+        (["eval"], "eval: give a CONFIG, or a MODEL folder with --set; --list names the ready-made sets"),
+        (["eval", "."], "eval: give a CONFIG, or a MODEL folder with --set"),
+        (["eval", ".", "--set", "gcd", "--record", "after"], "--record: a MODEL folder is no run"),
+        (["long2short", "plot", "."], "plot: . is a model folder; say with --set what to evaluate it on"),
+        (["long2short", "rl", "CONFIG", "--out", "x"], "run/hf: no trained model there; finish the first phase, or give --model"),
         (["inspect", "nowhere"], "nowhere: not a run folder"),
         (["inspect", "nowhere", "--trajectory", "1", "--group", "2"], "--trajectory and --group: give one of them"),
         (["report", "nowhere"], "nowhere: not a run folder"),
@@ -161,6 +185,46 @@ def test_eval_prints_its_result_and_records_it_with_the_run(run, config_file, tm
     assert code == 0 and '"mean": 0.5' in out
     assert seen == {"model": tmp_path, "split": "held_out", "greedy": True, "samples": 1}
     assert '"after"' in (tmp_path / "run" / "evaluation.json").read_text()
+
+
+def test_eval_takes_a_model_folder_and_a_set_without_any_config(run, tmp_path, monkeypatch):
+    seen = {}
+
+    def evaluate(settings, model_folder, **options):
+        seen.update(options, model=model_folder, verifier=settings.data.verifier, tokens=settings.rollout.max_response_tokens)
+        raise EngineError("enough")
+
+    stub(monkeypatch, "megatron_rl.evaluate", evaluate=evaluate)
+    run("eval", tmp_path, "rollout.max_response_tokens=77", "--set", "gsm_symbolic", "--sampled", "--samples", "4")
+    asked = {"model": tmp_path, "split": "gsm_symbolic", "greedy": False, "samples": 4}
+    assert seen == asked | {"verifier": "math", "tokens": 77}
+
+
+def test_eval_lists_the_ready_made_sets(run):
+    code, out, _ = run("eval", "--list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(READY_MADE)
+
+
+def test_the_second_phase_trains_as_the_first_but_for_model_length_and_length_reward(run, config_file, tmp_path, monkeypatch):
+    seen = []
+    stub(monkeypatch, "megatron_rl.loop", train=lambda settings: seen.append(settings) or 0)
+    trained = tmp_path / "run" / "hf"
+    trained.mkdir(parents=True)
+    (trained / "config.json").write_text("{}")
+    config_file.write_text(config_file.read_text() + "\nsampler: {name: prioritized}\n")
+    config_file.write_text(config_file.read_text().replace("rollout: {", "rollout: {temperature_decay: {end: 0.5}, "))
+    first = config.load(config_file)
+    for options, tokens in (([], 8), (["--max-tokens", "5"], 5), (["rollout.max_response_tokens=6"], 6)):
+        assert run("long2short", "rl", config_file, *options, "--out", tmp_path / "short", "run.iterations=3")[0] == 0
+        second = seen.pop()
+        assert second.model.folder == trained and second.run.folder == tmp_path / "short" and second.run.iterations == 3
+        assert second.rollout.max_response_tokens == tokens and second.rewards.length.schedule == "constant"
+        assert second.rollout.temperature == 0.5 and second.rollout.temperature_decay.end is None
+        assert second.sampler == first.sampler
+        assert second.data == first.data and second.training == first.training and second.algorithm == first.algorithm
+    code, _, err = run("long2short", "rl", config_file, "--max-tokens", "16", "--out", "x")
+    assert code == 2 and "--max-tokens 16: must be less than the first phase's rollout.max_response_tokens=16" in err
 
 
 def test_convert_hands_its_options_on(run, tmp_path, monkeypatch):

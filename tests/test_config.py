@@ -167,6 +167,16 @@ def test_a_missing_file_is_named(tmp_path):
         (["algorithm.name=k25", "algorithm.importance_cap=2"], "algorithm.importance_cap=2.0: k25's ratio is to the behaviour"),
         (["algorithm.name=grpo", "algorithm.baseline=log_z"], "algorithm.baseline=log_z: only mirror_descent and k2 .*grpo has"),
         (["data.source=reasoning_gym"], "data.task: required when data.source is reasoning_gym"),
+        (["data.set=gsm_symbolic"], "data.set=gsm_symbolic: gives reasoning_gym's task and its options; set data.source"),
+        (["evaluation.every=1"], "evaluation.sets: held_out is empty with data.held_out=0; set that, or name other sets"),
+        (
+            ["evaluation.every=1", "evaluation.sets=[a/x.jsonl, b/x.jsonl]"],
+            r"evaluation.sets=.*no name twice; the names",
+        ),
+        (
+            ["evaluation.every=1", "evaluation.sets=[gsm_symbolic]", "evaluation.samples=4"],
+            "evaluation.samples=4: greedy responses to one prompt are all the same; set evaluation.temperature",
+        ),
         (["data.path=null"], "data.path: required when data.source is jsonl"),
         (["data.source=huggingface", "data.path=null"], "data.path: required when data.source is huggingface"),
         (

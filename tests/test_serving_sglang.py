@@ -28,10 +28,12 @@ def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkey
     monkeypatch.setattr(run, "SGLangServing", served_by_fake)
     recipe = write_recipe(tmp_path, iterations=3)
     fault = "rollout.sglang.server_arguments={fake_fault: 30}"
-    config = configuration.load(recipe, [f"run.folder={tmp_path / 'run'}", "rollout.engine=sglang", fault])
+    evaluated = ["data.held_out=4", "evaluation.every=2", "evaluation.samples=2", "evaluation.temperature=1"]
+    config = configuration.load(recipe, [f"run.folder={tmp_path / 'run'}", "rollout.engine=sglang", fault, *evaluated])
     assert loop.train(config) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row]
+    assert [row["iteration"] for row in rows if "eval/held_out/pass@2" in row] == [0, 2, 3]
     assert len(trained) >= 2 and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in trained)
     turns = ("release", "onload", "offload", "resume")
     assert all(row[f"time/{turn}_s"] > 0 for row in trained for turn in (*turns, "publish"))
@@ -48,9 +50,11 @@ def test_a_run_keeps_kv_in_servers_that_find_the_plugin_by_themselves(tmp_path: 
     monkeypatch.setattr(tempfile, "tempdir", None)
     recipe = write_recipe(tmp_path, iterations=3)
     keep = ["rollout.kv_policy=keep", "rollout.max_kv_age=2", "rollout.kv_store.host_bytes=1000000"]
-    config = configuration.load(recipe, [f"run.folder={tmp_path / 'run'}", "rollout.engine=sglang", *keep])
+    evaluated = ["data.held_out=4", "evaluation.every=1", "evaluation.samples=3", "evaluation.temperature=1"]
+    config = configuration.load(recipe, [f"run.folder={tmp_path / 'run'}", "rollout.engine=sglang", *keep, *evaluated])
     assert loop.train(config) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    *rows, last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all("eval/held_out/pass@1" in row for row in (*rows, last)) and last["iteration"] == len(rows)
     assert sum(row["kv/restored_tokens"] for row in rows) > 0 and rows[0]["kv/snapshot_bytes"] > 0
     assert all(row["kv/restore_failures"] == 0 and row.get("kv/hit_rate", 1) > 0.9 for row in rows)
     buffer = ReplayBuffer(tmp_path / "run" / "buffer.sqlite", read_only=True)

@@ -102,9 +102,15 @@ def test_the_command_is_the_module() -> None:
     assert PROJECT["scripts"]["megatron-rl"] == "megatron_rl.cli:main"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/config.yaml")), ids=lambda path: path.parent.name)
+CONFIGS = sorted({*ROOT.glob("examples/*/config.yaml"), *ROOT.glob("examples/sft/*.yaml")})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_example_configs_are_valid(path: Path) -> None:
-    assert configuration.load(path).run.folder.parts[0] == "runs"
+    sections = {"sft": configuration.SFTConfig, "dpo": configuration.DPOConfig}
+    kind = next((kind for kind in sections if f"\n{kind}:" in path.read_text(encoding="utf-8")), None)
+    config = configuration.load_supervised(sections[kind], path) if kind else configuration.load(path)
+    assert config.run.folder.parts[0] == "runs"
 
 
 @pytest.mark.parametrize("path", [*sorted(ROOT.glob("examples/*/*.sh")), ROOT / "examples/launch/slurm.sbatch", ROOT / ".ci/run"])

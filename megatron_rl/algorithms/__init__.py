@@ -14,12 +14,14 @@ import torch
 from megatron_rl.algorithms.advantages import best_only, centred, leave_one_out, standardized, whitened
 from megatron_rl.algorithms.cispo import ClippedWeight
 from megatron_rl.algorithms.clipped_ratio import ClippedRatio
+from megatron_rl.algorithms.cross_entropy import CrossEntropy, WithPTX
+from megatron_rl.algorithms.dpo import DPO
 from megatron_rl.algorithms.gspo import SequenceRatio
 from megatron_rl.algorithms.importance import TruncatedImportance
 from megatron_rl.algorithms.masked_ratio import MaskedRatio
 from megatron_rl.algorithms.mirror_descent import MirrorDescent, advantages, mirror_descent
 from megatron_rl.algorithms.normalization import Normalization, sequence_weights
-from megatron_rl.algorithms.objective import Algorithm, Objective, ObjectiveInputs
+from megatron_rl.algorithms.objective import Algorithm, MeasuredObjective, Objective, ObjectiveInputs
 from megatron_rl.algorithms.policy_gradient import PolicyGradient
 from megatron_rl.algorithms.regularized import Regularized
 from megatron_rl.algorithms.squared_residual import SquaredResidual
@@ -49,6 +51,8 @@ def make_algorithm(config: AlgorithmConfig) -> Algorithm:
         objective = TruncatedImportance(objective, config.importance_cap)
     if config.kl_weight or config.entropy_weight:
         objective = Regularized(objective, config.kl_weight, config.kl_estimator, config.entropy_weight)
+    if config.ptx.weight:
+        objective = WithPTX(objective)
     return Algorithm(made.advantages, made.normalization, objective)
 
 
@@ -66,11 +70,15 @@ def _high(c: AlgorithmConfig, default: float) -> float:
 
 __all__ = [
     "ALGORITHMS",
+    "DPO",
     "Algorithm",
+    "CrossEntropy",
+    "MeasuredObjective",
     "MirrorDescent",
     "Normalization",
     "Objective",
     "ObjectiveInputs",
+    "WithPTX",
     "advantages",
     "make_algorithm",
     "mirror_descent",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -29,6 +29,8 @@ class ObjectiveInputs:
     num_tokens: torch.Tensor  # float32 [sequences], loss tokens, over all ranks
     advantages: torch.Tensor  # float32 [sequences]
     weights: torch.Tensor  # float32 [sequences], the loss's denominator: `normalization.py`
+    group_ids: torch.Tensor  # int64 [sequences]; where the objective needs whole groups, all members are here
+    is_supervised: torch.Tensor  # bool [sequences]: given, not sampled; only `cross_entropy.py` trains on them
 
     @property
     def token_advantages(self) -> torch.Tensor:
@@ -48,6 +50,17 @@ class Objective(Protocol):
 
     def loss(self, inputs: ObjectiveInputs) -> torch.Tensor:
         """float32 [tokens]: this rank's share of the loss, for metrics; summed over tokens and ranks it is the loss."""
+        ...
+
+
+@runtime_checkable
+class MeasuredObjective(Objective, Protocol):
+    """An objective with numbers of its own to report."""
+
+    measures: tuple[str, ...]
+
+    def measure(self, inputs: ObjectiveInputs) -> dict[str, torch.Tensor]:
+        """Each of `measures`, [sequences]; reported as means over sequences."""
         ...
 
 

@@ -1,20 +1,22 @@
 """The whole configuration: one YAML file, overrides `a.b=c`, every check that needs no model and no process group.
 
-`load` reads, overrides, validates and freezes. The settings: `sections.py`; the rules between them: `checks.py`.
+`load` reads, overrides, validates and freezes; `load_supervised` does so for SFT and DPO. The settings: `sections.py`,
+`shared.py`, `supervised.py`; the rules between them: `checks.py`.
 """
 
-from megatron_rl.config.checks import check_model, check_world
-from megatron_rl.config.loading import dump, iter_settings, known_keys, load
+from megatron_rl.config.checks import check_layout, check_model, check_world
+from megatron_rl.config.loading import dump, iter_settings, known_keys, load, load_bare, load_supervised
 from megatron_rl.config.sections import (
     AlgorithmConfig,
     BufferConfig,
     Config,
     DataConfig,
     EmbeddedConfig,
+    EvaluationConfig,
     KVStoreConfig,
     LengthRewardConfig,
-    ModelSection,
     OptimizerConfig,
+    PTXConfig,
     RepetitionConfig,
     ReportConfig,
     RewardsConfig,
@@ -23,40 +25,76 @@ from megatron_rl.config.sections import (
     RunConfig,
     SamplerConfig,
     SGLangConfig,
+    TemperatureDecayConfig,
     ToggleConfig,
     TokenBudgetConfig,
     TrainingConfig,
     WeightsConfig,
     WorkedTurn,
 )
+from megatron_rl.config.shared import (
+    AdamConfig,
+    ExportConfig,
+    MegatronConfig,
+    MetricsConfig,
+    ModelSection,
+    RunFolderConfig,
+    Section,
+    TrainerConfig,
+)
+from megatron_rl.config.supervised import (
+    DPOConfig,
+    SFTConfig,
+    StageConfig,
+    SupervisedConfig,
+    check_supervised_model,
+)
 
 __all__ = [
+    "AdamConfig",
     "AlgorithmConfig",
     "BufferConfig",
     "Config",
+    "DPOConfig",
     "DataConfig",
     "EmbeddedConfig",
+    "ExportConfig",
     "KVStoreConfig",
     "LengthRewardConfig",
+    "MegatronConfig",
+    "MetricsConfig",
     "ModelSection",
     "OptimizerConfig",
+    "PTXConfig",
     "RepetitionConfig",
     "ReportConfig",
     "RewardTerm",
     "RewardsConfig",
     "RolloutConfig",
     "RunConfig",
+    "EvaluationConfig",
+    "TemperatureDecayConfig",
+    "load_bare",
+    "RunFolderConfig",
+    "SFTConfig",
     "SGLangConfig",
     "SamplerConfig",
+    "Section",
+    "StageConfig",
+    "SupervisedConfig",
     "ToggleConfig",
     "TokenBudgetConfig",
+    "TrainerConfig",
     "TrainingConfig",
     "WeightsConfig",
     "WorkedTurn",
+    "check_layout",
     "check_model",
+    "check_supervised_model",
     "check_world",
     "dump",
     "iter_settings",
     "known_keys",
     "load",
+    "load_supervised",
 ]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_rl.config.sections import AlgorithmConfig, Config, DataConfig, RewardsConfig, RolloutConfig
+from megatron_rl.config.sections import AlgorithmConfig, Config, DataConfig, EvaluationConfig, RewardsConfig, RolloutConfig
+from megatron_rl.config.shared import MegatronConfig
 from megatron_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,15 +43,7 @@ def check(c: Config) -> None:
             f"rollout.embedded.max_running={r.embedded.max_running}: larger than the last of "
             f"rollout.embedded.batch_sizes={list(r.embedded.batch_sizes)}; add that size"
         )
-    if t.virtual_pipeline and t.pipeline_parallel < 2:
-        raise ConfigError(f"training.virtual_pipeline={t.virtual_pipeline}: needs training.pipeline_parallel of at least 2")
-    if t.virtual_pipeline and not t.overlap_p2p_comm:
-        raise ConfigError(
-            "training.overlap_p2p_comm=false: with training.virtual_pipeline Megatron-Core 0.16 then computes a wrong loss "
-            "without an error; set it to true"
-        )
-    if t.sequence_parallel and t.tensor_parallel < 2:
-        raise ConfigError("training.sequence_parallel=true: needs training.tensor_parallel of at least 2")
+    check_training(t)
     if t.minibatches > r.groups_per_iteration:
         raise ConfigError(
             f"training.minibatches={t.minibatches}: more than rollout.groups_per_iteration={r.groups_per_iteration}; lower it"
@@ -63,15 +56,52 @@ def check(c: Config) -> None:
     _check_data(c.data)
     _check_rewards(c.rewards)
     _check_algorithm(c.algorithm)
+    if c.evaluation.every:
+        _check_evaluation(c.evaluation, c.data.held_out)
     if r.engine == "sglang":
         _check_sglang(r)
+        if r.sglang.memory_saver and not r.sglang.urls and not t.optimizer.reset:
+            raise ConfigError(
+                "training.optimizer.reset=false: Adam's moments would stay on the GPU while the SGLang server has it; set it to "
+                "true, or rollout.sglang.memory_saver=false where both fit"
+            )
+
+
+def check_training(t: MegatronConfig) -> None:
+    """The rules within `training` that need neither ranks nor model."""
+    if t.virtual_pipeline and t.pipeline_parallel < 2:
+        raise ConfigError(f"training.virtual_pipeline={t.virtual_pipeline}: needs training.pipeline_parallel of at least 2")
+    if t.virtual_pipeline and not t.overlap_p2p_comm:
+        raise ConfigError(
+            "training.overlap_p2p_comm=false: with training.virtual_pipeline Megatron-Core 0.16 then computes a wrong loss "
+            "without an error; set it to true"
+        )
+    if t.sequence_parallel and t.tensor_parallel < 2:
+        raise ConfigError("training.sequence_parallel=true: needs training.tensor_parallel of at least 2")
 
 
 def _check_data(d: DataConfig) -> None:
-    if d.source == "reasoning_gym" and not d.task:
-        raise ConfigError("data.task: required when data.source is reasoning_gym, e.g. basic_arithmetic")
+    if d.source == "reasoning_gym" and not (d.task or d.set):
+        raise ConfigError("data.task: required when data.source is reasoning_gym, e.g. basic_arithmetic; or give data.set")
+    if d.set and (d.source != "reasoning_gym" or d.task or d.task_options):
+        raise ConfigError(
+            f"data.set={d.set}: gives reasoning_gym's task and its options; set data.source to reasoning_gym, and leave "
+            "data.task and data.task_options out"
+        )
     if d.source != "reasoning_gym" and d.path is None:
         raise ConfigError(f"data.path: required when data.source is {d.source}")
+
+
+def _check_evaluation(e: EvaluationConfig, held_out: int) -> None:
+    if not e.sets or len(set(e.names)) < len(e.sets):
+        raise ConfigError(f"evaluation.sets={list(e.sets)}: needs at least one, and no name twice; the names are {e.names}")
+    if "held_out" in e.sets and not held_out:
+        raise ConfigError("evaluation.sets: held_out is empty with data.held_out=0; set that, or name other sets")
+    if e.samples > 1 and not e.temperature:
+        raise ConfigError(
+            f"evaluation.samples={e.samples}: greedy responses to one prompt are all the same; set evaluation.temperature above "
+            "0, or samples to 1"
+        )
 
 
 def _check_rewards(r: RewardsConfig) -> None:
@@ -97,6 +127,8 @@ def _check_algorithm(a: AlgorithmConfig) -> None:
         raise ConfigError(
             f"algorithm.importance_cap={a.importance_cap}: k25's ratio is to the behaviour policy already; unset one of the two"
         )
+    if a.ptx.weight and a.ptx.path is None:
+        raise ConfigError(f"algorithm.ptx.weight={a.ptx.weight:g}: needs algorithm.ptx.path, the conversations to train on")
     if a.baseline != "mean" and a.name not in ("mirror_descent", "k2"):
         raise ConfigError(
             f"algorithm.baseline={a.baseline}: only mirror_descent and k2 have a choice; {a.name} has its own; unset it"
@@ -154,20 +186,42 @@ def _check_sglang(r: RolloutConfig) -> None:
 
 def check_world(c: Config, world_size: int) -> None:
     """The rules that need the number of ranks."""
-    t = c.training
+    check_layout(c.training, world_size)
+    if c.rollout.embedded.ranks and c.rollout.embedded.ranks > world_size:
+        raise ConfigError(f"rollout.embedded.ranks={c.rollout.embedded.ranks}: there are only {world_size} ranks")
+
+
+def check_layout(t: MegatronConfig, world_size: int) -> None:
     block = t.tensor_parallel * t.pipeline_parallel * t.context_parallel
     if world_size % block:
         raise ConfigError(
             f"training.tensor_parallel={t.tensor_parallel} x pipeline_parallel={t.pipeline_parallel} x "
             f"context_parallel={t.context_parallel} = {block} does not divide the {world_size} ranks; start a multiple of {block}"
         )
-    if c.rollout.embedded.ranks and c.rollout.embedded.ranks > world_size:
-        raise ConfigError(f"rollout.embedded.ranks={c.rollout.embedded.ranks}: there are only {world_size} ranks")
 
 
 def check_model(c: Config, model: ModelConfig) -> None:
     """The rules that need the model's shape."""
-    t, r = c.training, c.rollout
+    check_shape(c.training, model)
+    r = c.rollout
+    itemsize = 4 if c.model.dtype == "float32" else 2  # the least that `auto` may mean
+    page_bytes = 2 * model.num_layers * model.num_kv_heads * r.embedded.page_size * model.head_dim * itemsize
+    if r.kv_policy == "keep" and r.engine == "embedded" and r.kv_store.host_bytes < page_bytes:
+        raise ConfigError(
+            f"rollout.kv_store.host_bytes={r.kv_store.host_bytes}: one KV page of this model takes {page_bytes} bytes; "
+            "raise it, or set rollout.kv_policy=recompute"
+        )
+    lengths = {"rollout.max_response_tokens": r.max_response_tokens, "evaluation.max_tokens": c.evaluation.max_tokens}
+    for key, tokens in lengths.items():
+        if tokens and c.data.max_prompt_tokens + tokens > model.max_positions:
+            raise ConfigError(
+                f"data.max_prompt_tokens={c.data.max_prompt_tokens} + {key}={tokens}: "
+                f"more than the model's context of {model.max_positions}; lower one"
+            )
+
+
+def check_shape(t: MegatronConfig, model: ModelConfig) -> None:
+    """Whether the model can be cut as `training` says."""
     tp, cp, stages = t.tensor_parallel, t.context_parallel, t.pipeline_parallel * (t.virtual_pipeline or 1)
     if model.num_heads % tp:
         raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's {model.num_heads} attention heads")
@@ -188,15 +242,3 @@ def check_model(c: Config, model: ModelConfig) -> None:
         raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's fused query, key and value rows")
     if model.ffn_size % tp:
         raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's feed-forward size {model.ffn_size}")
-    itemsize = 4 if c.model.dtype == "float32" else 2  # the least that `auto` may mean
-    page_bytes = 2 * model.num_layers * model.num_kv_heads * r.embedded.page_size * model.head_dim * itemsize
-    if r.kv_policy == "keep" and r.engine == "embedded" and r.kv_store.host_bytes < page_bytes:
-        raise ConfigError(
-            f"rollout.kv_store.host_bytes={r.kv_store.host_bytes}: one KV page of this model takes {page_bytes} bytes; "
-            "raise it, or set rollout.kv_policy=recompute"
-        )
-    if c.data.max_prompt_tokens + r.max_response_tokens > model.max_positions:
-        raise ConfigError(
-            f"data.max_prompt_tokens={c.data.max_prompt_tokens} + rollout.max_response_tokens={r.max_response_tokens}: "
-            f"more than the model's context of {model.max_positions}; lower one"
-        )

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_rl.data.records import FIELDS, Record, parse_record
+from megatron_rl.data.records import FIELDS, Record, Where, parse_record
 from megatron_rl.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -17,22 +18,29 @@ log = logging.getLogger(__name__)
 
 def read_jsonl(path: Path) -> list[Record]:
     """Raises DataError for a file that cannot be read, is empty, or has a line that is no question."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as e:
-        raise DataError(f"data.path={path}: cannot read it: {e.strerror}") from e
     records: list[Record] = []
     ignored: set[str] = set()
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            raw, text = _parse_line(line, f"{path}, line {number}")
-            records.append(parse_record(raw, _Place(f"{path}, line {number}", text)))
-            ignored.update(raw.keys() - FIELDS if isinstance(raw, dict) else ())
+    for raw, where in read_objects(path, "data.path"):
+        records.append(parse_record(raw, where))
+        ignored.update(raw.keys() - FIELDS if isinstance(raw, dict) else ())
     if not records:
         raise DataError(f"data.path={path}: there is no question in it; write one JSON object a line")
     if ignored:
         log.info("%s: fields that are not read: %s", path, ", ".join(sorted(ignored)))
     return records
+
+
+def read_objects(path: Path, setting: str) -> Iterator[tuple[object, Where]]:
+    """What each line holds, and where. Raises DataError for a file that cannot be read and a line that is not JSON."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as e:
+        raise DataError(f"{setting}={path}: cannot read it: {e.strerror}") from e
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            raw, text = _parse_line(line, place)
+            yield raw, _Place(place, text)
 
 
 def _parse_line(line: bytes, place: str) -> tuple[object, str]:

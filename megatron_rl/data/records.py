@@ -44,7 +44,7 @@ class Record:
 def parse_record(raw: object, where: Where) -> Record:
     """Raises DataError naming the place of the first field that is wrong, what was found, and what belongs there."""
     if not isinstance(raw, dict):
-        raise DataError(f"{where('')}: found {_shown(raw)}; a question is an object with `prompt` and `answer`")
+        raise DataError(f"{where('')}: found {shown(raw)}; a question is an object with `prompt` and `answer`")
     return Record(
         where=where(""),
         messages=_messages(raw, where),
@@ -61,20 +61,25 @@ def _messages(raw: Mapping[str, Any], where: Where) -> tuple[Message, ...]:
     if raw.get("messages") is None:
         text = raw.get("prompt")
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where('prompt')}: `prompt` is {_found(raw, 'prompt')}; give the question as text, or `messages`")
+            raise DataError(f"{where('prompt')}: `prompt` is {found(raw, 'prompt')}; give the question as text, or `messages`")
         return (Message("user", text),)
-    messages = raw["messages"]
+    messages = message_list(raw["messages"], where)
+    if messages[-1].role != "user":
+        raise DataError(f"{where('messages')}: the last of `messages` is of role {messages[-1].role}; it must be the user's")
+    return messages
+
+
+def message_list(messages: object, where: Where) -> tuple[Message, ...]:
+    """At least one message, each with a role and a text. Raises DataError."""
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where('messages')}: `messages` is {_shown(messages)}; give a list of {{role, content}}")
+        raise DataError(f"{where('messages')}: `messages` is {shown(messages)}; give a list of {{role, content}}")
     for message in messages:
         is_message = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
         if not is_message:
             raise DataError(
-                f"{where('messages')}: `messages` holds {_shown(message)}; each is an object with role "
+                f"{where('messages')}: `messages` holds {shown(message)}; each is an object with role "
                 f"({', '.join(ROLES)}) and content (text)"
             )
-    if messages[-1]["role"] != "user":
-        raise DataError(f"{where('messages')}: the last of `messages` is of role {messages[-1]['role']}; it must be the user's")
     return tuple(Message(message["role"], message["content"]) for message in messages)
 
 
@@ -83,7 +88,7 @@ def _answer(raw: Mapping[str, Any], where: Where) -> str:
     if isinstance(answer, int) and not isinstance(answer, bool):
         return str(answer)
     if not isinstance(answer, str):
-        raise DataError(f"{where('answer')}: `answer` is {_found(raw, 'answer')}; give the reference answer as text")
+        raise DataError(f"{where('answer')}: `answer` is {found(raw, 'answer')}; give the reference answer as text")
     return answer
 
 
@@ -92,7 +97,7 @@ def _verifier(raw: Mapping[str, Any], where: Where) -> str | None:
     if verifier is None:
         return None
     if not isinstance(verifier, str):
-        raise DataError(f"{where('verifier')}: `verifier` is {_shown(verifier)}; give the name of a reward term")
+        raise DataError(f"{where('verifier')}: `verifier` is {shown(verifier)}; give the name of a reward term")
     try:
         check_name(verifier)
     except RewardError as e:
@@ -105,7 +110,7 @@ def _tags(raw: Mapping[str, Any], where: Where) -> Mapping[str, str]:
     if tags is None:
         return {}
     if not isinstance(tags, dict) or not all(isinstance(value, str) for value in tags.values()):
-        raise DataError(f"{where('tags')}: `tags` is {_shown(tags)}; give an object whose values are text")
+        raise DataError(f"{where('tags')}: `tags` is {shown(tags)}; give an object whose values are text")
     return tags
 
 
@@ -116,15 +121,15 @@ def _difficulty(raw: Mapping[str, Any], where: Where) -> float | None:
     is_number = isinstance(difficulty, int | float) and not isinstance(difficulty, bool)
     if not is_number or not 0 <= difficulty <= 1:
         raise DataError(
-            f"{where('difficulty')}: `difficulty` is {_shown(difficulty)}; give the unaided model's pass rate, from 0 to 1"
+            f"{where('difficulty')}: `difficulty` is {shown(difficulty)}; give the unaided model's pass rate, from 0 to 1"
         )
     return float(difficulty)
 
 
-def _found(raw: Mapping[str, Any], name: str) -> str:
-    return _shown(raw[name]) if name in raw else "missing"
+def found(raw: Mapping[str, Any], name: str) -> str:
+    return shown(raw[name]) if name in raw else "missing"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:80] + "..."

@@ -7,8 +7,10 @@ Reads local files only. Refuses folders without a tokenizer, a chat template or 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
@@ -16,6 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_rl.errors import DataError
 from megatron_rl.types import Message
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatTokenizer:
@@ -62,6 +66,74 @@ class ChatTokenizer:
             roles = ", ".join(message.role for message in messages)
             raise DataError(f"the chat template refuses a conversation of roles {roles}: {e}; change the messages") from e
         return np.asarray(ids, dtype=np.int32)
+
+    def encode_conversation(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [tokens] and bool [tokens]: the whole conversation through the chat template, and which tokens are the
+        assistant's, its stop token included.
+
+        A template with {% generation %} marks says so itself. With another, an assistant's message is what the template adds
+        to the text of the messages before it and their generation prompt, up to its last stop token: what the model would
+        have generated there. Raises DataError for a template in which a later message changes an earlier one's text, or
+        whose assistant messages end without a stop token."""
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        if _MARKS.search(str(self._tokenizer.chat_template)):
+            return self._marked(chat)
+        text, spans = self._render(chat), []
+        for i in (i for i, message in enumerate(messages) if message.role == "assistant"):
+            before, after = self._render(chat[:i], add_generation_prompt=True), self._render(chat[: i + 1])
+            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+                raise DataError(
+                    f"message {i + 1} of {len(messages)}: the chat template writes it in another way when messages follow, so "
+                    "the assistant's tokens cannot be told; put {% generation %} marks into the template, or give each "
+                    "conversation one assistant message, the last"
+                )
+            spans.append((len(before), len(after)))
+        ids, ends = self._encode_parts(text, sorted({cut for span in spans for cut in span}))
+        mask = np.zeros(len(ids), np.bool_)
+        for start, end in spans:
+            own = slice(ends[start], ends[end])
+            stops = np.flatnonzero(np.isin(ids[own], self.stop_token_ids))
+            if not len(stops):
+                raise DataError(
+                    f"the chat template ends the assistant's message without one of the stop tokens {list(self.stop_token_ids)}, "
+                    "so the model could not learn to end; correct the template, or eos_token"
+                )
+            mask[own.start : own.start + int(stops[-1]) + 1] = True
+        return ids, mask
+
+    def _marked(self, chat: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            marked: Any = {"return_dict": True, "return_assistant_tokens_mask": True}
+            found: Any = self._tokenizer.apply_chat_template(chat, tokenize=True, **marked)
+        except TemplateError as e:
+            raise DataError(f"the chat template refuses the conversation: {e}; change the messages") from e
+        return np.asarray(found["input_ids"], np.int32), np.asarray(found["assistant_masks"], np.bool_)
+
+    def _render(self, chat: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        if not chat and not add_generation_prompt:
+            return ""
+        try:
+            return str(self._tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, tokenize=False))
+        except TemplateError as e:
+            roles = ", ".join(message["role"] for message in chat)
+            raise DataError(f"the chat template refuses a conversation of roles {roles}: {e}; change the messages") from e
+
+    def _encode_parts(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, dict[int, int]]:
+        """The ids of `text`, and how many of them lie before each cut. The text is encoded whole, unless a token would lie
+        across a cut; then part by part, as generation meets it: the prompt's ids, then its own."""
+        whole = self._encode(text)
+        ends = {cut: len(self._encode(text[:cut])) for cut in cuts}
+        if all(whole[:end] == self._encode(text[:cut]) for cut, end in ends.items()):
+            return np.asarray(whole, np.int32), ends
+        parts, start = [], 0
+        for cut in [*cuts, len(text)]:
+            parts.append(self._encode(text[start:cut]))
+            start = cut
+        counts = np.cumsum([len(part) for part in parts]).tolist()
+        return np.asarray([i for part in parts for i in part], np.int32), dict(zip(cuts, counts, strict=False))
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """The text without special tokens; bytes that are no text become U+FFFD."""

@@ -22,12 +22,27 @@ Value = float | None
 
 @dataclass(frozen=True)
 class Line:
-    """One series over the chart's x values. `colour`: number of a page colour; `faint`: raw data behind its average."""
+    """One series over the chart's x values. `colour`: number of a page colour; `faint`: raw data behind its average;
+    `low`, `high`: an interval around each value, drawn as a band."""
 
     name: str
     values: Sequence[Value]
     colour: int = 0
     faint: bool = False
+    low: Sequence[Value] = ()
+    high: Sequence[Value] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model in a scatter plot, with the interval of its y value."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    colour: int = 0
 
 
 def moving_average(values: Sequence[Value], window: int) -> list[Value]:
@@ -43,15 +58,45 @@ def line_chart(
     xs: Sequence[int], lines: Sequence[Line], *, floor: Value = None, ceiling: Value = None, height: int = HEIGHT
 ) -> str:
     """Lines over iterations. The y axis holds all values; `floor` and `ceiling` too, where given."""
-    present = [v for line in lines for v in line.values if v is not None]
+    present = [v for line in lines for v in (*line.values, *line.low, *line.high) if v is not None]
     if not present:
         return _nothing()
     low, high, ticks = _axis(min([*present, *_given(floor)]), max([*present, *_given(ceiling)]))
     x, y = _x_scale(xs), _y_scale(low, high, height)
     body = [_grid(ticks, y), _x_labels(xs, x, height)]
-    for line in lines:
-        body.append(_path(line, [x(i) for i in xs], y))
+    at = [x(i) for i in xs]
+    body += [_band(line, at, y) for line in lines] + [_path(line, at, y) for line in lines]
     body.append(_hits(xs, x, height, lambda i: _values_at(i, xs, lines)))
+    return _svg("".join(body), height)
+
+
+def scatter(points: Sequence[Point], x_name: str, y_name: str, *, height: int = 300) -> str:
+    """Named points with their intervals; both axes hold all of them."""
+    if not points:
+        return _nothing()
+    x_low, x_high, x_ticks = _axis(min(p.x for p in points), max(p.x for p in points))
+    low, high, ticks = _axis(min(p.low for p in points), max(p.high for p in points))
+    y, step = _y_scale(low, high, height), x_ticks[1] - x_ticks[0]
+
+    def x(value: float) -> float:
+        return LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    body = [_grid(ticks, y)]
+    body += [
+        f'<text class="axis" x="{x(t):.1f}" y="{height - 7}" text-anchor="middle">{_tick(t, step)}</text>' for t in x_ticks[1:-1]
+    ]
+    body.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{height - 7}" text-anchor="end">{escape(x_name)}</text>')
+    body.append(f'<text class="axis" x="{LEFT + 4}" y="{TOP + 4}">{escape(y_name)}</text>')
+    for p in points:
+        right = x(p.x) < LEFT + 0.7 * (WIDTH - LEFT - RIGHT)  # else its name would leave the chart
+        text = f"{p.name}\n{x_name}: {number(p.x)}\n{y_name}: {p.y:.3f} ({p.low:.3f} to {p.high:.3f})"
+        body.append(
+            f'<g data-t="{tooltip(text)}">'
+            f'<line class="s{p.colour} faint" x1="{x(p.x):.1f}" x2="{x(p.x):.1f}" y1="{y(p.low):.1f}" y2="{y(p.high):.1f}"/>'
+            f'<circle class="f{p.colour}" cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="5"/>'
+            f'<text class="label" x="{x(p.x) + (9 if right else -9):.1f}" y="{y(p.y) - 7:.1f}" '
+            f'text-anchor="{"start" if right else "end"}">{escape(p.name)}</text></g>'
+        )
     return _svg("".join(body), height)
 
 
@@ -232,6 +277,15 @@ def _path(line: Line, xs: Sequence[float], y: Callable[[float], float]) -> str:
         points.append("h0.01")  # a lone point shows through its round line cap
     css = f"s{line.colour}" + (" faint" if line.faint else "")
     return f'<path class="line {css}" d="{"".join(points)}"/>'
+
+
+def _band(line: Line, xs: Sequence[float], y: Callable[[float], float]) -> str:
+    """The area between `low` and `high`, over the points that have both."""
+    both = [(x, low, high) for x, low, high in zip(xs, line.low, line.high, strict=False) if low is not None and high is not None]
+    if not both:
+        return ""
+    edge = [f"{x:.1f} {y(high):.1f}" for x, _, high in both] + [f"{x:.1f} {y(low):.1f}" for x, low, _ in reversed(both)]
+    return f'<path class="band f{line.colour}" d="M{"L".join(edge)}Z"/>'
 
 
 def _hits(xs: Sequence[int], x: Callable[[float], float], height: int, text: Callable[[int], str]) -> str:

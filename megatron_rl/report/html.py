@@ -34,6 +34,7 @@ def page(run: RunData) -> str:
     cards = (
         sections.reward_card(run),
         sections.length_card(run),
+        sections.evaluation_curve_card(run),
         sections.evaluation_card(run),
         sections.success_card(run),
         sections.phases_card(run),
@@ -59,7 +60,7 @@ def page(run: RunData) -> str:
 
 def _header(run: RunData, name: str) -> str:
     c = run.config
-    source = c.data.task or (c.data.path.name if c.data.path else c.data.source)
+    source = c.data.set or c.data.task or (c.data.path.name if c.data.path else c.data.source)
     facts = [
         f"model {c.model.folder.name}",
         f"prompts {source}",
@@ -78,14 +79,15 @@ def _tiles(run: RunData) -> str:
     before, after = (run.evaluation.get(moment, {}).get("mean") for moment in ("before", "after"))
     if before is not None and after is not None:
         tiles.append(("correct on held-out prompts", _change(before, after)))
-    done = run.rows[-1]["iteration"] + 1 if run.rows else 0
-    tiles.append(("iterations", f"{done} <em>of {run.config.run.iterations}</em>"))
+    total = run.config.run.iterations
+    done = min(run.rows[-1]["iteration"] + 1, total) if run.rows else 0  # the last row may hold an evaluation alone
+    tiles.append(("iterations", f"{done} <em>of {total}</em>"))
     trained = sum(t.num_tokens for t in run.trained)
     tiles.append(("response tokens trained on", number(trained)))
     if run.trained:
         mixed = fmean(t.num_versions > 1 for t in run.trained)
         tiles.append(("trained with several weight versions", f"{mixed:.0%} <em>of {number(len(run.trained))}</em>"))
-    seconds = [_seconds(row) for row in run.rows]
+    seconds = [_seconds(row) for row in run.rows if "time/rollout_s" in row]
     if seconds:
         tiles.append(("an iteration, mean", f"{fmean(seconds):.3g} <em>s</em>"))
     cells = (f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in tiles)

@@ -38,7 +38,7 @@ def show_run(folder: Path, console: Console) -> None:
     with open_buffer(config) as buffer:
         terms, drawn, open_groups = buffer.conservation(), buffer.num_drawn, len(buffer.open_groups())
         mixed, run_id, lineage = buffer.mixed_version_share(), buffer.run_id, buffer.lineage
-    done = rows[-1]["iteration"] + 1 if rows else 0
+    done = min(rows[-1]["iteration"] + 1, config.run.iterations) if rows else 0
     facts = Table(show_header=False, box=None)
     facts.add_row("run", f"{folder} ({run_id})")
     facts.add_row("iterations", f"{done} of {config.run.iterations}")

@@ -18,7 +18,7 @@ from rich.text import Text
 
 log = logging.getLogger(__name__)
 
-PHASES = ("rollout", "reference", "train", "publish", "checkpoint")
+PHASES = ("evaluation", "rollout", "reference", "train", "publish", "checkpoint")
 
 
 @dataclass

@@ -22,6 +22,7 @@ from megatron_rl.report.metrics import Row, read_metrics
 from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.rollout.buffer_file import BufferFile
 from megatron_rl.rollout.conservation import Term
+from megatron_rl.run_folder import kind_of
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def run_config(folder: str | Path) -> Config:
     path = folder / "config.yaml"
     if not path.is_file():
         raise DataError(f"{folder}: not a run folder (config.yaml is missing); give the run.folder of a started run")
+    if (kind := kind_of(folder)) != Config.kind:
+        raise DataError(f"{folder}: a run of kind {kind} has no trajectories; see its report.html and metrics.jsonl")
     return configuration.load(path, [f"run.folder={json.dumps(str(folder))}"])
 
 

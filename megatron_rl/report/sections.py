@@ -22,6 +22,7 @@ from megatron_rl.report.run_data import RunData, Trained
 from megatron_rl.types import DropReason, Ending
 
 PHASES = {  # name -> colour, in the order of an iteration; turns on a shared GPU look alike in pairs
+    "evaluation": 5,
     "rollout": 0,
     "reward": 4,
     "release": 6,
@@ -36,7 +37,7 @@ PHASES = {  # name -> colour, in the order of an iteration; turns on a shared GP
 ENDINGS = {Ending.STOP: 2, Ending.LENGTH: 4, Ending.BUDGET: 0, Ending.REPEAT: 6, Ending.ABORT: 7}
 CHARTED = (  # by a card of their own; beginnings of keys
     *("reward/", "length/mean", "tokens/", "trajectories/", "time/", "staleness/", "mismatch/", "drift/"),
-    *("kv/restored_tokens", "kv/recomputed_tokens", "memory/gpu_"),
+    *("kv/restored_tokens", "kv/recomputed_tokens", "eval/", "memory/gpu_"),
 )
 MAX_CATEGORIES = 12  # of one tag; a tag with more values names prompts rather than sorts them
 
@@ -156,6 +157,32 @@ def conservation_card(run: RunData) -> str:
         "What became of everything drawn and generated; each line is counted from its own rows of the replay buffer.",
         charts.share_bar(parts),
         f"<table>{rows}{verdicts}</table>",
+    )
+
+
+def evaluation_curve_card(run: RunData) -> str:
+    """Only where the run evaluated while it trained."""
+    sets = sorted({key.split("/")[1] for row in run.rows for key in row if key.startswith("eval/") and key.endswith("/pass@1")})
+    if not sets:
+        return ""
+    rows = [row for row in run.rows if any(key.startswith("eval/") for key in row)]
+    xs = [row["iteration"] for row in rows]
+
+    def column(key: str) -> list[float | None]:
+        return [row.get(key) for row in rows]
+
+    keys = [f"eval/{name}/pass@1" for name in sets]
+    scores = [
+        Line(name, column(key), i % 7, low=column(f"{key}/low"), high=column(f"{key}/high"))
+        for i, (name, key) in enumerate(zip(sets, keys, strict=True))
+    ]
+    lengths = [Line(name, column(f"eval/{name}/tokens"), i % 7) for i, name in enumerate(sets)]
+    return _card(
+        "Evaluation while training",
+        "pass@1 before each iteration, with its 95 % bootstrap interval over prompts; below, tokens of a response.",
+        charts.line_chart(xs, scores),
+        charts.line_chart(xs, lengths, floor=0.0, height=130),
+        charts.legend([(line.name, f"b{line.colour}") for line in scores]),
     )
 
 

@@ -51,6 +51,7 @@ svg.cell { width: 160px; height: 16px }
 .label { fill: var(--ink); font-size: 12px }
 .line { fill: none; stroke-width: 2.2; stroke-linejoin: round; stroke-linecap: round }
 .faint { opacity: .3; stroke-width: 1.2 }
+.band { opacity: .15 }
 .join { stroke: var(--c0); stroke-width: 3; opacity: .35; stroke-linecap: round }
 .hollow { fill: var(--card); stroke: var(--c0); stroke-width: 2 }
 .hit { fill: transparent }

@@ -22,7 +22,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from megatron_rl.config import Config
@@ -33,6 +33,7 @@ from megatron_rl.rollout.continuation import Continuation, Limits, room
 from megatron_rl.rollout.engines.base import Chunk, Engine, Sampling
 from megatron_rl.rollout.repetition import RepetitionDetector
 from megatron_rl.rollout.selection import oldest_loss_version
+from megatron_rl.rollout.temperature import temperature
 from megatron_rl.types import DropReason, Ending, Group, Outcome, OutcomeKind, Prompt, Trajectory
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Rollout:
             settings.token_budget, settings.max_response_tokens, settings.max_segments, model_config.max_positions
         )
         self.sampling = Sampling(
-            settings.temperature,
+            settings.temperature,  # at first; see `temperature`
             settings.top_p,
             settings.top_k,
             settings.min_p,
@@ -129,6 +130,7 @@ class _Phase:
         self._scoring: dict[asyncio.Task[None], int] = {}
         self._aborting: set[asyncio.Task[None]] = set()
         self._is_ending = False
+        self._sampling = replace(rollout.sampling, temperature=temperature(rollout.config.rollout, iteration))
         self._started = self._now()
         self._heard = {engine.name: self._started for engine in rollout.engines}
 
@@ -200,9 +202,9 @@ class _Phase:
 
     def _continuation(self, group: Group, trajectory: Trajectory) -> Continuation:
         space = room(trajectory, len(group.prompt.token_ids), self.iteration, self.rollout.limits)
-        engine, sampling, r = self._engine(group, trajectory), self.rollout.sampling, self.settings.repetition
+        engine, r = self._engine(group, trajectory), self.settings.repetition
         detector = RepetitionDetector(r.max_period, r.min_repeats, r.min_tokens) if r.enabled else None
-        return Continuation(trajectory, group.prompt, engine, space, sampling=sampling, detector=detector)
+        return Continuation(trajectory, group.prompt, engine, space, sampling=self._sampling, detector=detector)
 
     def _engine(self, group: Group, trajectory: Trajectory) -> Engine:
         """The one that holds its KV, else the one that holds its prompt's, else the least loaded."""

@@ -42,6 +42,7 @@ def training_sequences(
             weight_versions=trajectory.weight_versions,
             advantage=float(advantage),
             weight=weight,
+            temperatures=trajectory.temperatures,
         )
         for (group, trajectory), mask, advantage, weight in zip(members, masks, advantages, weights, strict=True)
     ]

@@ -2,8 +2,8 @@
 
 `RUN/checkpoints/iteration_000123/` is a checkpoint if and only if it is there: it is written as
 `.iteration_000123.partial`, put on the disk, then renamed. There is no pointer to keep in step with it; the current one is
-the highest number. No Adam moments: every iteration starts without (paper 2.3.2). Each holds its model's config and
-tokenizer in `hf/`, so that `weights/convert.py` needs nothing else. The format of the weights: `weights/sharded.py`.
+the highest number. Adam's moments are in it only where they outlive an iteration (`keeps_moments`). Each holds its model's
+config and tokenizer in `hf/`, so that `weights/convert.py` needs nothing else. The format of the weights: `weights/sharded.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.errors import CheckpointError
+from megatron_rl.training.optimizer import MOMENTS
 from megatron_rl.weights import atomic, sharded
 from megatron_rl.weights.folder import copy_companions
 
@@ -32,6 +34,7 @@ FORMAT = 1
 STATE_FILE = "state.json"
 MODEL_FOLDER = "hf"
 _PREFIX = "iteration_"
+_ADAM_STEPS = "adam_steps"  # in `extra`, beside the moments
 
 
 def save(trainer: Trainer, run_folder: Path, iteration: int, extra: dict[str, Any], keep: int) -> Path:
@@ -45,7 +48,11 @@ def save(trainer: Trainer, run_folder: Path, iteration: int, extra: dict[str, An
     if _on_rank_0(target, target.exists):
         return target
     _on_rank_0(target, lambda: remove_leftovers(run_folder))
-    write(target, trainer.chunks, trainer.optimizer.main_weight, trainer.config.model.folder, extra)
+    optimizer = trainer.optimizer
+    moments = {name: partial(optimizer.moment, name) for name in MOMENTS if trainer.config.keeps_moments and optimizer.num_steps}
+    if moments:
+        extra = extra | {_ADAM_STEPS: optimizer.num_steps}
+    write(target, trainer.chunks, optimizer.main_weight, trainer.config.model.folder, extra, moments)
     _on_rank_0(target, lambda: _delete_old(parent, keep))
     return target
 
@@ -63,12 +70,17 @@ def latest_iteration(run_folder: Path) -> int:
 
 
 def load(trainer: Trainer, path: Path) -> dict[str, Any]:
-    """Main weights and model weights from a checkpoint of any layout; returns `extra`. Collective.
+    """Main weights and model weights from a checkpoint of any layout, and the moments it holds where the trainer keeps them;
+    returns `extra`. Collective.
 
     Raises CheckpointError where it is damaged, of a newer format or of another model."""
     extra = read_extra(path)
     for parameter, value in sharded.load(trainer.chunks, path):
         trainer.optimizer.set_main_weight(parameter, value)
+    num_steps = extra.pop(_ADAM_STEPS, 0)
+    for name in MOMENTS if trainer.config.keeps_moments and num_steps else ():
+        for parameter, value in sharded.load(trainer.chunks, path / name):
+            trainer.optimizer.set_moment(name, parameter, value, num_steps)
     return extra
 
 
@@ -84,12 +96,18 @@ def write(
     values: Callable[[torch.nn.Parameter], torch.Tensor],
     model_folder: Path,
     extra: dict[str, Any],
+    others: Mapping[str, Callable[[torch.nn.Parameter], torch.Tensor]] | None = None,
 ) -> None:
-    """One checkpoint folder, whole or not at all. Collective; raises CheckpointError on every rank."""
-    needed = sharded.num_bytes(chunks[0].model_config)
-    partial = _on_rank_0(target, lambda: _begin(target, needed))
+    """One checkpoint folder, whole or not at all; `others` are further float32 tensors of each parameter, each kind in a folder
+    of its own. Collective; raises CheckpointError on every rank."""
+    others = others or {}
+    needed = sharded.num_bytes(chunks[0].model_config) * (1 + len(others))
+    folder = _on_rank_0(target, lambda: _begin(target, needed))
     try:
-        sharded.save(chunks, partial, values)
+        sharded.save(chunks, folder, values)
+        for name, of_parameter in others.items():
+            _on_rank_0(target, (folder / name).mkdir)
+            sharded.save(chunks, folder / name, of_parameter)
         _on_rank_0(target, lambda: _commit(target, model_folder, extra))
     except CheckpointError as e:
         if dist.get_rank() == 0:
@@ -120,10 +138,10 @@ def _begin(target: Path, needed: int) -> Path:
 
 
 def _commit(target: Path, model_folder: Path, extra: dict[str, Any]) -> None:
-    partial = atomic.partial(target)
-    (partial / STATE_FILE).write_text(json.dumps({"format": FORMAT, "extra": extra}, indent=2), encoding="utf-8")
-    (partial / MODEL_FOLDER).mkdir()
-    copy_companions(model_folder, partial / MODEL_FOLDER)
+    folder = atomic.partial(target)
+    (folder / STATE_FILE).write_text(json.dumps({"format": FORMAT, "extra": extra}, indent=2), encoding="utf-8")
+    (folder / MODEL_FOLDER).mkdir()
+    copy_companions(model_folder, folder / MODEL_FOLDER)
     atomic.commit(target)
 
 

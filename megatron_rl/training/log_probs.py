@@ -18,10 +18,9 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """This rank's block of the padded vocabulary, and how tokens are drawn from it."""
+    """This rank's block of the padded vocabulary."""
 
     size: int  # real tokens over all ranks; rows beyond are padding and get no probability
-    temperature: float
     group: dist.ProcessGroup | None  # tensor-parallel ranks; None: the whole vocabulary is here
 
     def first(self, weight: torch.Tensor) -> int:
@@ -39,24 +38,36 @@ class Vocabulary:
 
 
 def log_probs_and_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary, chunk_rows: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperatures: torch.Tensor,
+    vocabulary: Vocabulary,
+    chunk_rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(hidden @ weight.T / temperature) at the targets.
+    """log softmax(hidden @ weight.T / temperature) at the targets, each row at its own temperature.
 
-    hidden: [n, hidden], equal on all tensor-parallel ranks; weight: [padded vocabulary / TP, hidden]; targets: int64 [n].
-    Returns log-probs [n] and, without gradient, entropies [n] in nats. The gradient of `hidden` is this rank's share."""
-    return _ChunkedLogProbs.apply(hidden, weight, targets, vocabulary, chunk_rows)
+    hidden: [n, hidden], equal on all tensor-parallel ranks; weight: [padded vocabulary / TP, hidden]; targets: int64 [n];
+    temperatures: floating [n]. Returns log-probs [n] and, without gradient, entropies [n] in nats. The gradient of `hidden` is
+    this rank's share."""
+    return _ChunkedLogProbs.apply(hidden, weight, targets, temperatures, vocabulary, chunk_rows)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary, chunk_rows: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        temperatures: torch.Tensor,
+        vocabulary: Vocabulary,
+        chunk_rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         log_probs, entropy, log_sums = (hidden.new_empty(len(targets), dtype=exact) for _ in range(3))
         for rows in _chunks(len(targets), chunk_rows):
-            logits = _logits(hidden[rows], weight, vocabulary)
+            logits = _logits(hidden[rows], weight, temperatures[rows], vocabulary)
             highest = _highest(logits, vocabulary)
             scaled = logits - highest[:, None]
             weights = scaled.exp()
@@ -67,7 +78,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             log_probs[rows] = logit - total.log()
             entropy[rows] = total.log() - dot / total
             log_sums[rows] = highest + total.log()
-        ctx.save_for_backward(hidden, weight, targets, log_sums)
+        ctx.save_for_backward(hidden, weight, targets, temperatures, log_sums)
         ctx.vocabulary, ctx.chunk_rows = vocabulary, chunk_rows
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
@@ -75,36 +86,36 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """d log p(y) / d logits = onehot(y) - p, divided by the temperature."""
-        hidden, weight, targets, log_sums = ctx.saved_tensors
+        hidden, weight, targets, temperatures, log_sums = ctx.saved_tensors
         vocabulary: Vocabulary = ctx.vocabulary
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=log_sums.dtype)  # sums many chunks: not in bfloat16
         num_real = vocabulary.num_real(weight)
         for rows in _chunks(len(targets), ctx.chunk_rows):
-            logits = _logits(hidden[rows], weight, vocabulary)
+            logits = _logits(hidden[rows], weight, temperatures[rows], vocabulary)
             slope = logits.sub_(log_sums[rows, None]).exp_().neg_()
             here, at, _chosen_logit = _chosen(slope, targets[rows], weight, vocabulary)
             slope.scatter_add_(1, at[:, None], here[:, None].to(slope.dtype))
-            slope.mul_(grad[rows, None] / vocabulary.temperature)
+            slope.mul_((grad[rows] / temperatures[rows])[:, None])
             slope = slope.to(hidden.dtype)
             grad_hidden[rows] = slope @ weight[:num_real]
             if slope.dtype == grad_weight.dtype:  # added in place: the product of a large vocabulary is not held beside its sum
                 grad_weight[:num_real].addmm_(slope.T, hidden[rows])
             else:
                 grad_weight[:num_real] += slope.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _chunks(num_rows: int, chunk_rows: int) -> list[slice]:
     return [slice(start, min(start + chunk_rows, num_rows)) for start in range(0, num_rows, chunk_rows)]
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
-    """[rows, real tokens of this rank], float32 or float64, divided by the temperature."""
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperatures: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+    """[rows, real tokens of this rank], float32 or float64, each row divided by its temperature."""
     exact, block = torch.promote_types(hidden.dtype, torch.float32), weight[: vocabulary.num_real(weight)].T
     is_wide = hidden.is_cuda and hidden.dtype != exact  # not rounded to bfloat16: a logit of 20 would be off by up to 0.06
     logits = torch.mm(hidden, block, out_dtype=exact) if is_wide else (hidden @ block).to(exact)
-    return logits.div_(vocabulary.temperature)
+    return logits.div_(temperatures[:, None])
 
 
 def _highest(logits: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:

@@ -27,8 +27,11 @@ class MicroBatch:
     sequence_ids: torch.Tensor  # int64 [loss_tokens]
     behaviour_log_probs: torch.Tensor  # float32 [loss_tokens]
     weight_versions: torch.Tensor  # int32 [loss_tokens]
+    temperatures: torch.Tensor  # float32 [loss_tokens]
     advantages: torch.Tensor  # float32 [sequences]
     weights: torch.Tensor  # float32 [sequences]
+    group_ids: torch.Tensor  # int64 [sequences]
+    is_supervised: torch.Tensor  # bool [sequences]
     trajectory_ids: np.ndarray  # int64 [sequences]
 
 
@@ -63,7 +66,10 @@ def prepare(packed: PackedBatch, index: int, place: Place) -> MicroBatch:
         sequence_ids=tensor(packed.sequence_ids[chosen]),
         behaviour_log_probs=tensor(packed.behaviour_log_probs[chosen]),
         weight_versions=tensor(packed.weight_versions[chosen]),
+        temperatures=tensor(packed.temperatures[chosen]),
         advantages=tensor(packed.advantages),
         weights=tensor(packed.weights),
+        group_ids=tensor(packed.group_ids),
+        is_supervised=tensor(packed.is_supervised),
         trajectory_ids=packed.trajectory_ids,
     )

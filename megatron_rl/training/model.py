@@ -27,13 +27,13 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rl.config import Config
+from megatron_rl.config import TrainerConfig
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import cpu
 from megatron_rl.training.attention import TreeAttention
 
 
-def compute_dtype(config: Config) -> torch.dtype:
+def compute_dtype(config: TrainerConfig) -> torch.dtype:
     """`model.dtype`; `auto` is bfloat16 where it is fast: on a GPU, and on a CPU whose bfloat16 products oneDNN does."""
     if config.model.dtype == "auto":
         is_fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -67,7 +67,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def build_model(config: Config, model: ModelConfig) -> list[PolicyModel]:
+def build_model(config: TrainerConfig, model: ModelConfig) -> list[PolicyModel]:
     """This rank's chunks, first to last: one, or `training.virtual_pipeline` of them."""
     cpu.install()
     stages = config.training.virtual_pipeline
@@ -79,7 +79,7 @@ def padded_vocab_size(model: ModelConfig, tensor_parallel: int) -> int:
     return -(-model.vocab_size // tensor_parallel) * tensor_parallel
 
 
-def _build_chunk(config: Config, model: ModelConfig, stage: int | None) -> PolicyModel:
+def _build_chunk(config: TrainerConfig, model: ModelConfig, stage: int | None) -> PolicyModel:
     transformer = transformer_config(config, model)
     here = {"ignore_virtual": False, "vp_stage": stage}
     chunk = PolicyModel(
@@ -118,7 +118,7 @@ def _block_spec(transformer: TransformerConfig, model: ModelConfig, stage: int |
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def transformer_config(config: Config, model: ModelConfig) -> TransformerConfig:
+def transformer_config(config: TrainerConfig, model: ModelConfig) -> TransformerConfig:
     """Megatron's configuration of this model under this layout. Settings a newer Megatron dropped are left out."""
     settings = _shape(model) | _layout(config) | _plain_kernels() | _schedule(config)
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
@@ -145,7 +145,7 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _layout(config: Config) -> dict[str, Any]:
+def _layout(config: TrainerConfig) -> dict[str, Any]:
     t = config.training
     dtype = compute_dtype(config)
     return {
@@ -182,7 +182,7 @@ def _sum_gradients(chunks: list[torch.nn.Module], num_tokens: torch.Tensor | Non
     finalize_model_grads(chunks, num_tokens=None, **kwargs)
 
 
-def _schedule(config: Config) -> dict[str, Any]:
+def _schedule(config: TrainerConfig) -> dict[str, Any]:
     """Pipeline and gradient rules. Micro-batches differ in length; gradients are summed and never divided, because the
     loss's weights already hold the global denominator."""
     interleaved = config.training.virtual_pipeline is not None

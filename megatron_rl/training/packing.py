@@ -41,7 +41,10 @@ class Branch:
 class PackedBatch(packed_index.PackedIndex):
     """One micro-batch; `sequence_ids` index the per-sequence arrays."""
 
+    temperatures: np.ndarray  # float32 [loss_tokens]
     trajectory_ids: np.ndarray  # int64 [sequences]
+    group_ids: np.ndarray  # int64 [sequences]
+    is_supervised: np.ndarray  # bool [sequences]
     advantages: np.ndarray  # float32 [sequences]
     weights: np.ndarray  # float32 [sequences]
 
@@ -80,6 +83,7 @@ def plan(
     *,
     max_tokens: int,
     share_prompts: bool = True,
+    whole_groups: bool = False,
     multiple: int = 1,
     data_parallel: int = 1,
     micro_batch_multiple: int = 1,
@@ -87,9 +91,11 @@ def plan(
 ) -> list[list[PackedBatch]]:
     """The micro-batches of each data-parallel rank: equally many on every rank, a multiple of `micro_batch_multiple`, the
     i-th of similar cost on all. Each has at most `max_tokens` rows, unless one sequence alone is longer, before it is
-    padded to a multiple of `multiple`. Sequences without a loss-bearing token are left out. `attention_cost`: what a row pays
-    for each position it attends to, as a share of what it costs by itself; 0 balances rows."""
-    pieces = _pieces([s for s in sequences if _num_rows(s) is not None], max_tokens, share_prompts)
+    padded to a multiple of `multiple`. Sequences without a loss-bearing token are left out. `whole_groups`: no group is cut,
+    however long. `attention_cost`: what a row pays for each position it attends to, as a share of what it costs by itself;
+    0 balances rows."""
+    bearing = [s for s in sequences if _num_rows(s) is not None]
+    pieces = _pieces(bearing, None if whole_groups else max_tokens, share_prompts)
     sizes, costs = [p.num_rows for p in pieces], [p.cost(share_prompts, attention_cost) for p in pieces]
     parts = partition.with_capacity(sizes, costs, max_tokens, data_parallel * micro_batch_multiple)
     packed = [_pack([pieces[i] for i in part], share_prompts, multiple) for part in parts]
@@ -102,8 +108,8 @@ def _num_rows(sequence: TrainingSequence) -> int | None:
     return int(bearing[-1]) if len(bearing) else None
 
 
-def _pieces(sequences: Sequence[TrainingSequence], max_tokens: int, share_prompts: bool) -> list[_Piece]:
-    """Whole groups where they fit."""
+def _pieces(sequences: Sequence[TrainingSequence], max_tokens: int | None, share_prompts: bool) -> list[_Piece]:
+    """Whole groups where they fit; None: always."""
     groups: dict[int, list[TrainingSequence]] = {}
     for sequence in sequences:
         assert len(sequence.prompt_ids), "a prompt has at least one token"
@@ -111,7 +117,7 @@ def _pieces(sequences: Sequence[TrainingSequence], max_tokens: int, share_prompt
     return [piece for members in groups.values() for piece in _split(members, max_tokens, share_prompts)]
 
 
-def _split(members: list[TrainingSequence], max_tokens: int, share_prompts: bool) -> list[_Piece]:
+def _split(members: list[TrainingSequence], max_tokens: int | None, share_prompts: bool) -> list[_Piece]:
     """Cut a group into pieces of at most `max_tokens` rows; a single longer sequence is a piece."""
     pieces: list[_Piece] = []
     current: list[TrainingSequence] = []
@@ -119,7 +125,7 @@ def _split(members: list[TrainingSequence], max_tokens: int, share_prompts: bool
     for member in members:
         own = _num_rows(member) or 0
         added = own if current and share_prompts else own + len(member.prompt_ids)
-        if current and rows + added > max_tokens:
+        if current and max_tokens is not None and rows + added > max_tokens:
             pieces.append(_Piece(tuple(current), rows))
             current, rows, added = [], 0, own + len(member.prompt_ids)
         current.append(member)
@@ -127,12 +133,22 @@ def _split(members: list[TrainingSequence], max_tokens: int, share_prompts: bool
     return [*pieces, _Piece(tuple(current), rows)]
 
 
+def _temperatures(sequence: TrainingSequence) -> np.ndarray:
+    """float32 [loss_tokens], in the order in which the packed index lists them"""
+    if sequence.temperatures is None:
+        return np.ones(int(sequence.loss_mask.sum()), np.float32)
+    return sequence.temperatures[sequence.loss_mask]
+
+
 def _pack(pieces: list[_Piece], share_prompts: bool, multiple: int) -> PackedBatch:
     members = [m for piece in pieces for m in piece.members]
     index = packed_index.build([p.members for p in pieces] if share_prompts else [(m,) for m in members], multiple)
     return PackedBatch(
         **vars(index),
+        temperatures=np.concatenate([np.zeros(0, np.float32), *map(_temperatures, members)]),
         trajectory_ids=np.array([m.trajectory_id for m in members], np.int64),
+        group_ids=np.array([m.group_id for m in members], np.int64),
+        is_supervised=np.array([m.is_supervised for m in members], np.bool_),
         advantages=np.array([m.advantage for m in members], np.float32),
         weights=np.array([m.weight for m in members], np.float32),
     )

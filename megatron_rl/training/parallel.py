@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_rl.config import Config, check_world
+from megatron_rl.config import TrainerConfig, check_layout
 from megatron_rl.errors import ConfigError
 from megatron_rl.training import cpu
 
@@ -48,11 +48,11 @@ class Launch:
         return cls(rank, world_size, local_rank, local_world_size, os.environ.get("MASTER_ADDR", "127.0.0.1"))
 
 
-def initialize(config: Config) -> Launch:
+def initialize(config: TrainerConfig) -> Launch:
     """Join the other ranks and take a place in the layout. Collectives that wait longer than
     `training.collective_timeout_s` fail. Raises ConfigError where the layout does not fit the number of ranks."""
     launch = Launch.from_environment()
-    check_world(config, launch.world_size)
+    check_layout(config.training, launch.world_size)
     cpu.install()
     timeout = timedelta(seconds=config.training.collective_timeout_s)
     if torch.cuda.is_available():
@@ -68,7 +68,7 @@ def initialize(config: Config) -> Launch:
     return launch
 
 
-def place_ranks(config: Config) -> None:
+def place_ranks(config: TrainerConfig) -> None:
     """Megatron's parallel state and seeds, over an initialised torch.distributed."""
     t = config.training
     parallel_state.initialize_model_parallel(
@@ -101,6 +101,10 @@ class Messages:
         box: list[Any] = [None]
         dist.scatter_object_list(box, list(values) if values is not None and dist.get_rank() == 0 else None, group=self._group)
         return box[0]
+
+    def share(self, value: Any) -> Any:
+        """Collective: rank 0's value, on every rank."""
+        return self.scatter([value] * dist.get_world_size())
 
     def gather_all(self, value: Any) -> list[Any]:
         """Collective: every rank's value, on every rank."""

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from megatron_rl.algorithms import Objective, ObjectiveInputs
+from megatron_rl.algorithms import MeasuredObjective, Objective, ObjectiveInputs
 from megatron_rl.training.micro_batch import MicroBatch
 
-_NAMES = ("loss", "tokens", "entropy", "sequences", "log_ratio", "current", "mismatch", "older", "drift", "bad_micro_batches")
+_NAMES = (
+    *("loss", "tokens", "entropy", "sequences", "log_ratio", "current", "mismatch", "older", "drift", "bad_micro_batches"),
+    *("supervised_tokens", "supervised_nats"),
+)
 
 
 @dataclass
@@ -24,6 +27,12 @@ class Sums:
 
     values: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_NAMES, 0.0))
     bad_trajectories: list[int] = field(default_factory=list)  # of micro-batches whose loss is not finite
+
+    @classmethod
+    def of(cls, objective: Objective) -> Sums:
+        """Also for what the objective measures: every rank must sum the same names."""
+        names = objective.measures if isinstance(objective, MeasuredObjective) else ()
+        return cls(dict.fromkeys((*_NAMES, *names), 0.0))
 
     def add(self, **amounts: float) -> None:
         for name, amount in amounts.items():
@@ -71,6 +80,8 @@ class Surrogate:
             num_tokens=of_sequences[:, 1],
             advantages=b.advantages,
             weights=b.weights,
+            group_ids=b.group_ids,
+            is_supervised=b.is_supervised,
         )
 
     def _count(self, b: MicroBatch, inputs: ObjectiveInputs, entropy: torch.Tensor) -> None:
@@ -78,16 +89,23 @@ class Surrogate:
         if not math.isfinite(loss):
             self.sums.add(bad_micro_batches=1)
             self.sums.bad_trajectories += b.trajectory_ids.tolist()
+        supervised = inputs.is_supervised[b.sequence_ids]
         gap = (inputs.reference_log_probs - b.behaviour_log_probs).abs()
-        current = b.weight_versions == self.weight_version
+        current = (b.weight_versions == self.weight_version) & ~supervised
+        older = (b.weight_versions != self.weight_version) & ~supervised
         self.sums.add(
             loss=loss,
-            tokens=len(b.targets),
-            entropy=float(entropy.sum()),
+            tokens=int((~supervised).sum()),
+            entropy=float(entropy[~supervised].sum()),
             current=int(current.sum()),
             mismatch=float(gap[current].sum()),
-            older=int((~current).sum()),
-            drift=float(gap[~current].sum()),
+            older=int(older.sum()),
+            drift=float(gap[older].sum()),
+            supervised_tokens=int(supervised.sum()),
+            supervised_nats=-float(inputs.log_probs[supervised].sum()),
         )
         if self.context_group.rank() == 0:  # each context-parallel rank has the whole log-ratios
-            self.sums.add(sequences=len(b.advantages), log_ratio=float(inputs.log_ratios.abs().sum()))
+            sampled = inputs.log_ratios[~inputs.is_supervised]
+            self.sums.add(sequences=len(sampled), log_ratio=float(sampled.abs().sum()))
+            if isinstance(self.objective, MeasuredObjective):
+                self.sums.add(**{name: float(values.sum()) for name, values in self.objective.measure(inputs).items()})

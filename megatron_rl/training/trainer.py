@@ -22,9 +22,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch.nn import functional
 
-from megatron_rl.algorithms import Objective
-from megatron_rl.config import Config
-from megatron_rl.errors import MegatronRLError
+from megatron_rl.algorithms import MeasuredObjective, Objective
+from megatron_rl.config import TrainerConfig
+from megatron_rl.errors import TrainingError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import cpu
 from megatron_rl.training.log_probs import Vocabulary, log_probs_and_entropy
@@ -64,13 +64,13 @@ class Trainer:
     """`torch.distributed` and Megatron's parallel state must be initialised (`parallel.initialize`). The weights are unset
     until `load_hf` or `checkpoint.load`."""
 
-    def __init__(self, config: Config, model: ModelConfig) -> None:
+    def __init__(self, config: TrainerConfig, model: ModelConfig) -> None:
         self.config, self.model_config = config, model
         self.chunks: list[PolicyModel] = build_model(config, model)
         self.optimizer = PolicyOptimizer(config, self.chunks)
         self.is_master = dist.get_rank() == 0
-        self._messages = Messages(config.training.collective_timeout_s)
-        self._replicas: list[int] = self._messages.gather_all(parallel_state.get_data_parallel_rank())  # of every rank
+        self.messages = Messages(config.training.collective_timeout_s)
+        self._replicas: list[int] = self.messages.gather_all(parallel_state.get_data_parallel_rank())  # of every rank
         self._context_group = parallel_state.get_context_parallel_group()
         self._place = Place(
             context_rank=self._context_group.rank(),
@@ -81,7 +81,6 @@ class Trainer:
         self._tensor_group = parallel_state.get_tensor_model_parallel_group()
         self._vocabulary = Vocabulary(
             size=model.vocab_size,
-            temperature=config.rollout.temperature,
             group=self._tensor_group if self._tensor_group.size() > 1 else None,
         )
 
@@ -95,18 +94,25 @@ class Trainer:
         return hf.export_buckets(self.chunks, bucket_bytes)
 
     def distribute(
-        self, minibatches: Sequence[Sequence[TrainingSequence]] | None, weight_version: int | None = None
+        self,
+        minibatches: Sequence[Sequence[TrainingSequence]] | None,
+        weight_version: int | None = None,
+        *,
+        whole_groups: bool = False,
     ) -> TrainingBatch:
         """Rank 0 plans each optimizer step's sequences into micro-batches and sends every rank its own; the other ranks'
-        `minibatches` is ignored. `weight_version` is that of the weights at hand; None takes the batch's newest."""
+        `minibatches` is ignored. `weight_version` is that of the weights at hand; None takes the batch's newest.
+        `whole_groups` is for an objective that needs them."""
         batches: list[TrainingBatch] | None = None
         if self.is_master:
             assert minibatches is not None, "rank 0 must be given the batch"
-            by_replica = self._plan(minibatches, weight_version)
+            by_replica = self._plan(minibatches, weight_version, whole_groups)
             batches = [by_replica[replica] for replica in self._replicas]
-        return self._messages.scatter(batches)
+        return self.messages.scatter(batches)
 
-    def _plan(self, minibatches: Sequence[Sequence[TrainingSequence]], weight_version: int | None) -> list[TrainingBatch]:
+    def _plan(
+        self, minibatches: Sequence[Sequence[TrainingSequence]], weight_version: int | None, whole_groups: bool
+    ) -> list[TrainingBatch]:
         """The batch of each data-parallel rank."""
         t = self.config.training
         num_replicas = max(self._replicas) + 1
@@ -115,6 +121,7 @@ class Trainer:
                 sequences,
                 max_tokens=t.max_tokens_per_micro_batch,
                 share_prompts=t.share_prompts,
+                whole_groups=whole_groups,
                 multiple=math.lcm(ROWS, t.context_parallel * (t.tensor_parallel if t.sequence_parallel else 1)),
                 data_parallel=num_replicas,
                 micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline else 1,
@@ -150,15 +157,17 @@ class Trainer:
             reference.append(found)
         return reference
 
-    def step(self, batch: TrainingBatch, objective: Objective, reference: Reference | None) -> dict[str, float]:
-        """All optimizer steps of an iteration: `training.epochs` passes over the minibatches, from a reset optimizer.
+    def step(
+        self, batch: TrainingBatch, objective: Objective, reference: Reference | None, *, epochs: int = 1
+    ) -> dict[str, float]:
+        """All optimizer steps of an iteration: `epochs` passes over the minibatches, from a reset optimizer unless the
+        configuration keeps moments.
 
         `reference` None: the weights at hand are the reference, which is right for an iteration of one step only.
         Returns metrics, equal on all ranks; means over steps (loss, grad_norm), tokens or sequences.
-        Raises MegatronRLError, on every rank, before an optimizer step whose loss or gradient is not finite."""
-        epochs = self.config.training.epochs
+        Raises TrainingError, on every rank, before an optimizer step whose loss or gradient is not finite."""
         assert reference is not None or len(batch.minibatches) * epochs == 1, "an iteration of several steps needs a reference"
-        sums, norms = Sums(), []
+        sums, norms = Sums.of(objective), []
         for _ in range(epochs):
             for i, minibatch in enumerate(batch.minibatches):
                 surrogate = Surrogate(
@@ -170,8 +179,10 @@ class Trainer:
                     sums=sums,
                 )
                 norms.append(self._optimizer_step(minibatch, surrogate))
-        self.optimizer.reset()  # the next iteration starts without moments; until then they would only hold memory
-        return _metrics(sums.over_ranks(self._place.device), norms, batch)
+        if not self.config.keeps_moments:
+            self.optimizer.reset()  # the next iteration starts without moments; until then they would only hold memory
+        measures = objective.measures if isinstance(objective, MeasuredObjective) else ()
+        return _metrics(sums.over_ranks(self._place.device), norms, batch, measures)
 
     def _optimizer_step(self, minibatch: Sequence[PackedBatch], surrogate: Surrogate) -> float:
         """Returns the gradient's norm before clipping."""
@@ -220,29 +231,32 @@ class Trainer:
         num_tokens = len(b.targets)
         missing = -num_tokens % ROWS
         loss_rows, targets = (functional.pad(of_tokens, (0, missing)) for of_tokens in (b.loss_rows, b.targets))
+        temperatures = functional.pad(b.temperatures, (0, missing), value=1.0)
         if self.config.training.sequence_parallel:  # in backward the vocabulary blocks' gradients are summed, then split
             rows = gather_from_sequence_parallel_region(hidden)[loss_rows, 0]
         else:  # in backward they are summed
             rows = copy_to_tensor_model_parallel_region(hidden[loss_rows, 0])
         weight = self.chunks[-1].output_weight
-        found = log_probs_and_entropy(rows, weight, targets, self._vocabulary, self.config.training.log_prob_chunk)
+        chunk_rows = self.config.training.log_prob_chunk
+        found = log_probs_and_entropy(rows, weight, targets, temperatures, self._vocabulary, chunk_rows)
         return found[0][:num_tokens], found[1][:num_tokens]
 
     def _refuse(self, minibatch: Sequence[PackedBatch], sums: Sums, norm: float) -> None:
         """Name the micro-batches at fault: those whose loss is not finite, else all that the gradient came from."""
         here = (sums.bad_trajectories, [int(t) for pack in minibatch for t in pack.trajectory_ids])
-        found = self._messages.gather_all(here)
+        found = self.messages.gather_all(here)
         bad = sorted({t for bad, _ in found for t in bad})
         guilty = bad or sorted({t for _, own in found for t in own})
-        raise MegatronRLError(
+        raise TrainingError(
             f"training: the {'loss' if bad else 'gradient'} is not finite (gradient norm {norm}) in the micro-batches of "
             f"trajectories {guilty}; no optimizer step was taken. Look at them with `megatron-rl inspect`; lower "
-            "training.optimizer.lr, or train with model.dtype=float32"
+            "training.optimizer.lr, or train with model.dtype=float32",
+            trajectory_ids=guilty,
         )
 
 
-def _metrics(total: dict[str, float], norms: list[float], batch: TrainingBatch) -> dict[str, float]:
-    return {
+def _metrics(total: dict[str, float], norms: list[float], batch: TrainingBatch, measures: Sequence[str]) -> dict[str, float]:
+    found = {
         "loss": total["loss"] / len(norms),
         "grad_norm": sum(norms) / len(norms),
         "entropy/mean": total["entropy"] / max(total["tokens"], 1),
@@ -253,3 +267,6 @@ def _metrics(total: dict[str, float], norms: list[float], batch: TrainingBatch) 
         "tokens/packed": batch.num_packed_tokens,
         "num_micro_batches": batch.num_micro_batches,
     }
+    if total["supervised_tokens"]:
+        found["supervised/nats_per_token"] = total["supervised_nats"] / total["supervised_tokens"]
+    return found | {name: total[name] / max(total["sequences"], 1) for name in measures}

@@ -153,6 +153,8 @@ def test_the_trainers_objective_equals_the_reference(level, baseline):
             num_tokens=torch.bincount(sequence_ids[mask], minlength=9)[sequences],
             advantages=advantage[sequences],
             weights=weights[sequences],
+            group_ids=group_ids[sequences],
+            is_supervised=torch.zeros(len(sequences), dtype=torch.bool),
         )
         total += objective.loss(inputs).sum().item()
         computed[rows] = -inputs.weights[inputs.sequence_ids] * objective.coefficients(inputs)

@@ -1,11 +1,12 @@
 """Every objective against autograd of its published loss, written out response by response on a table of logits."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_rl.algorithms import ALGORITHMS, Normalization, ObjectiveInputs, make_algorithm, sequence_weights
+from megatron_rl.algorithms import ALGORITHMS, Normalization, ObjectiveInputs, WithPTX, make_algorithm, sequence_weights
 from megatron_rl.config import AlgorithmConfig
 from megatron_rl.config.loading import iter_settings
 from megatron_rl.errors import MegatronRLError
@@ -59,6 +60,8 @@ class Case:
             num_tokens=torch.tensor(LENGTHS, dtype=torch.float64),
             advantages=algorithm.advantages(self.rewards, GROUPS).double(),
             weights=weights,
+            group_ids=GROUPS,
+            is_supervised=torch.zeros(9, dtype=torch.bool),
         )
         surrogate = -(weights[self.sequence_ids] * algorithm.objective.coefficients(inputs) * log_probs).sum()
         return float(algorithm.objective.loss(inputs).sum()), torch.autograd.grad(surrogate, self.logits)[0]
@@ -262,6 +265,8 @@ def enumerated(logits: torch.Tensor, reference: torch.Tensor):
         num_tokens=torch.full((9,), 2.0, dtype=torch.float64),
         advantages=torch.zeros(9, dtype=torch.float64),
         weights=now.detach().sum(1).exp(),
+        group_ids=torch.zeros(9, dtype=torch.int64),
+        is_supervised=torch.zeros(9, dtype=torch.bool),
     )
     return inputs, now, before
 
@@ -344,3 +349,20 @@ def test_the_setting_offers_exactly_the_algorithms_there_are():
     info = dict(iter_settings(AlgorithmConfig))["name"]
     assert list(info.annotation.__args__) == list(ALGORITHMS)
     assert make_algorithm(AlgorithmConfig()).normalization.value == "sequence", "k1.5's form is the default"
+
+
+def test_ptx_trains_supervised_sequences_by_cross_entropy_and_the_others_as_ever():
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    inputs, _, _ = enumerated(logits, reference)
+    supervised = torch.arange(9) % 3 == 0
+    inputs = replace(inputs, is_supervised=supervised, advantages=torch.randn(9, generator=generator, dtype=torch.float64))
+    plain = make_algorithm(AlgorithmConfig(name="gspo")).objective
+    mixed = WithPTX(plain)
+    of_token = supervised[inputs.sequence_ids]
+    for found, ordinary, cross_entropy in (
+        (mixed.coefficients(inputs), plain.coefficients(inputs), torch.ones(18, dtype=torch.float64)),
+        (mixed.loss(inputs), plain.loss(inputs), -inputs.weights[inputs.sequence_ids] * inputs.log_probs),
+    ):
+        torch.testing.assert_close(found[of_token], cross_entropy[of_token])
+        torch.testing.assert_close(found[~of_token], ordinary[~of_token])

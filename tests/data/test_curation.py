@@ -14,7 +14,7 @@ from megatron_rl.errors import DataError
 from megatron_rl.types import Message, Prompt
 from tests.resume.recipe import write_recipe
 
-RULES = Rules(samples=4, tries=1, answer_tokens=2, highest=0.75, batch=5)
+RULES = Rules(samples=4, tries=1, answer_tokens=2, highest=0.75, in_flight=5)
 
 
 def prompt(text: str, answer: str = "5") -> Prompt:

@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_rl.training import parallel
-from tests.distributed.layouts import LAYOUTS, MAX_TOKENS, config_of, refuse, round_trip, train
+from tests.distributed.layouts import LAYOUTS, MAX_TOKENS, PREFERENCE, config_of, prefer, refuse, round_trip, train
 from tests.distributed.ranks import Meeting, run_ranks
 from tests.training.material import make_config
 
@@ -30,6 +30,10 @@ def run_rank(meeting: Meeting, num_ranks: int, folder: Path) -> None:
             place_again(config)
             results[name] = train(config)
     if num_ranks == 2:
+        for name, training in PREFERENCE.items():
+            config = config_of(folder / "qwen3", training | {"max_tokens_per_micro_batch": MAX_TOKENS})
+            place_again(config)
+            results[name] = prefer(config)
         config = config_of(folder / "qwen3", {"pipeline_parallel": 2, "max_tokens_per_micro_batch": MAX_TOKENS})
         place_again(config)
         results["refused"] = refuse(config)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rl.algorithms import MirrorDescent
+from megatron_rl.algorithms import DPO, MirrorDescent
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.model_config import ModelConfig
+from megatron_rl.training.optimizer import MOMENTS
 from megatron_rl.training.trainer import Trainer
 from megatron_rl.types import TrainingSequence
 from tests.training.material import exported, flat, gradients, make_config, make_groups, make_model
@@ -20,6 +21,8 @@ TAU = 0.3
 MAX_TOKENS = 16  # of a micro-batch: splits groups over micro-batches and ranks
 VPP = {"pipeline_parallel": 2, "virtual_pipeline": 2}
 SP = {"tensor_parallel": 2, "sequence_parallel": True}
+
+PREFERENCE = {"DPO, CP": {"context_parallel": 2}, "DPO, PP": {"pipeline_parallel": 2}, "DPO, DP": {"distributed_optimizer": True}}
 
 # name: (ranks, model, settings of `training`)
 LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
@@ -72,6 +75,20 @@ def train(config: Any) -> dict[str, Any]:
     return found
 
 
+def prefer(config: Any) -> dict[str, Any]:
+    """Two DPO steps on pairs, the second with a log-ratio: metrics, and the weights at the end."""
+    trainer = Trainer(config, ModelConfig.from_folder(config.model.folder))
+    trainer.load_hf(config.model.folder)
+    pairs = make_groups(num_groups=7, group_size=2)[1:]  # of the first, a member carries no loss
+    steps = [
+        [dataclasses.replace(s, advantage=1.0 - 2 * (s.trajectory_id % 2), weight=1 / 3) for s in flat(part)]
+        for part in (pairs[:3], pairs[3:])
+    ]
+    batch = trainer.distribute(steps if trainer.is_master else None, whole_groups=True)
+    metrics = trainer.step(batch, DPO(0.3), trainer.log_probs(batch))
+    return {"metrics": metrics, "weights": exported(trainer)}
+
+
 def refuse(config: Any) -> list[str]:
     """A loss that is not finite on one rank: what each rank raised, and that none of them moved."""
     trainer = Trainer(config, ModelConfig.from_folder(config.model.folder))
@@ -92,14 +109,19 @@ def refuse(config: Any) -> list[str]:
 
 
 def round_trip(config: Any) -> bool:
-    """bfloat16 weights, float32 main weights split over ranks: what was set is read back whole, on every rank."""
+    """bfloat16 weights, main weights and moments split over ranks: what was set is read back whole, on every rank."""
     trainer = Trainer(config, ModelConfig.from_folder(config.model.folder))
     trainer.load_hf(config.model.folder)
     torch.manual_seed(1)
     values = {n: torch.randn(p.shape) for n, p in trainer.chunks[0].named_parameters()}
     for name, parameter in trainer.chunks[0].named_parameters():
         trainer.optimizer.set_main_weight(parameter, values[name])
-    found = [torch.equal(trainer.optimizer.main_weight(p), values[n]) for n, p in trainer.chunks[0].named_parameters()]
+    optimizer, parameters = trainer.optimizer, list(trainer.chunks[0].named_parameters())
+    found = [torch.equal(optimizer.main_weight(p), values[n]) for n, p in parameters]
+    for moment in MOMENTS:
+        for name, parameter in parameters:
+            optimizer.set_moment(moment, parameter, 2 * values[name], num_steps=3)
+        found += [torch.equal(optimizer.moment(moment, p), 2 * values[n]) for n, p in parameters]
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, all(found))
     return all(everywhere)

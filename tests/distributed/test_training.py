@@ -9,7 +9,7 @@ import torch
 from megatron_rl.training import parallel
 from megatron_rl.training.packing import plan
 from tests.distributed.launch import train_layouts
-from tests.distributed.layouts import LAYOUTS, MAX_TOKENS, config_of, make_models, minibatches, train
+from tests.distributed.layouts import LAYOUTS, MAX_TOKENS, PREFERENCE, config_of, make_models, minibatches, prefer, train
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,8 @@ def results(folder, zygote):
 def one_rank(folder):
     """The same two steps on one rank, each in one micro-batch."""
     parallel.initialize(config_of(folder / "qwen3", {}))
-    yield {model: train(config_of(folder / model, {})) for model in ("qwen3", "qwen2")}
+    trained = {model: train(config_of(folder / model, {})) for model in ("qwen3", "qwen2")}
+    yield trained | {"DPO": prefer(config_of(folder / "qwen3", {}))}
     parallel.shutdown()
 
 
@@ -53,6 +54,16 @@ def test_a_layout_trains_as_one_rank_does(layout, results, one_rank):
         torch.testing.assert_close(
             found["gradients"][name], wanted["gradients"][name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("layout", PREFERENCE)
+def test_pairs_are_preferred_on_two_ranks_as_on_one(layout, results, one_rank):
+    found, wanted = results[layout], one_rank["DPO"]
+    assert abs(wanted["metrics"]["margin"]) > 0.01, "the second step must have a log-ratio for this test to mean anything"
+    for key in ("loss", "grad_norm", "accuracy", "margin", "log_ratio/abs_mean"):
+        assert found["metrics"][key] == pytest.approx(wanted["metrics"][key], rel=1e-3, abs=1e-5), key
+    for name, value in wanted["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_batch_has_groups_split_over_micro_batches_and_over_ranks():

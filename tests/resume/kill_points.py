@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_rl import config as configuration
 from megatron_rl import loop, run
+from megatron_rl.interval_evaluation import IntervalEvaluation
 from megatron_rl.rewards.scorer import Scorer
 from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.training import checkpoint, log_probs
@@ -65,6 +66,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=60),
     "told to stop while generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=80, end=stop),
     "told to stop while training": lambda: kill_in(Trainer, "step", call=2, end=stop),
+    "told to stop while evaluating": lambda: kill_in(IntervalEvaluation, "_scores", call=4, end=stop),
     "scoring": lambda: kill_in(Scorer, "score", call=12),
     "reference": lambda: kill_in(Trainer, "log_probs", call=2),
     "in_backward": lambda: kill_in(log_probs._ChunkedLogProbs, "backward", call=5),

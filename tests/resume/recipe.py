@@ -24,12 +24,13 @@ def end_often(model: Path) -> None:
     save_file(weights, model / "model.safetensors", {"format": "pt"})
 
 
-def write_recipe(folder: Path, *, iterations: int) -> Path:
-    """Model, prompts and config; returns the config's path."""
+def write_recipe(folder: Path, *, iterations: int, ptx: bool = False) -> Path:
+    """Model, prompts and config; returns the config's path. ptx: with a PTX term."""
     make_model(folder / "model", family="qwen3", hidden=32, layers=2, seed=0)
     end_often(folder / "model")
     prompts = [{"prompt": f"{a}+{b}=", "answer": ""} for a in range(6) for b in range(6)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    (folder / "given.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "response": "yz"}) + "\n" for i in range(9)))
     settings: dict[str, Any] = {
         "run": {"folder": "unset", "iterations": iterations, "threads": 1},
         "model": {"folder": str(folder / "model"), "dtype": "float32"},
@@ -49,7 +50,7 @@ def write_recipe(folder: Path, *, iterations: int) -> Path:
             "length": {"schedule": "linear", "weight": 0.2, "start_iteration": 1, "ramp_iterations": 3},
             "toggle": {"period": 2},
         },
-        "algorithm": {"tau": 0.5},
+        "algorithm": {"tau": 0.5, "ptx": {"weight": 0.1 * ptx, "path": str(folder / "given.jsonl"), "tokens": 8}},
         "training": {"epochs": 2, "max_tokens_per_micro_batch": 256, "optimizer": {"lr": 1e-3}},
         "report": {"tensorboard": False},
     }

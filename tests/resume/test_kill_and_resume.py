@@ -33,7 +33,7 @@ ITERATIONS = 5
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("resume"), iterations=ITERATIONS)
+    return write_recipe(tmp_path_factory.mktemp("resume"), iterations=ITERATIONS, ptx=True)
 
 
 def outcome(folder: Path) -> dict[str, Any]:

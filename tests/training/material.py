@@ -40,7 +40,7 @@ def make_model(folder: Path, family: str = "qwen3", *, tied: bool = True, **shap
     return folder
 
 
-def make_config(folder: Path, *, dtype: str = "float32", training: dict | None = None, temperature: float = 0.8) -> Config:
+def make_config(folder: Path, *, dtype: str = "float32", training: dict | None = None) -> Config:
     return Config.model_validate(
         {
             "run": {"folder": "run", "iterations": 1, "threads": 1},
@@ -50,7 +50,6 @@ def make_config(folder: Path, *, dtype: str = "float32", training: dict | None =
                 "groups_per_iteration": 4,
                 "token_budget": 64,
                 "max_response_tokens": 64,
-                "temperature": temperature,
             },
             "training": {"optimizer": {"lr": 1e-2, "eps": 1e-3, "clip_grad": 1.0}, "log_prob_chunk": 7} | (training or {}),
         }
@@ -82,6 +81,7 @@ def make_groups(*, num_groups: int = 4, group_size: int = 3, longest: int = 20, 
                     weight_versions=np.where(np.arange(n) < n // 2, 3, 4).astype(np.int32),
                     advantage=float(rewards[j] - rewards.mean()),
                     weight=1 / (group_size * num_groups),
+                    temperatures=np.where(np.arange(n) < n // 2, 1.2, 0.8).astype(np.float32),  # each version's own
                 )
             )
         groups.append(members)
@@ -92,19 +92,21 @@ def flat(groups: list[list[TrainingSequence]]) -> list[TrainingSequence]:
     return [member for group in groups for member in group]
 
 
-def dense_log_probs(model: PreTrainedModel, sequence: TrainingSequence, temperature: float) -> torch.Tensor:
-    """[response tokens]: no packing, no chunks, one sequence at a time."""
+def dense_log_probs(model: PreTrainedModel, sequence: TrainingSequence) -> torch.Tensor:
+    """[response tokens], each at its temperature: no packing, no chunks, one sequence at a time."""
     ids = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.response_ids]).astype(np.int64))
-    logits = model(ids[None]).logits[0].float() / temperature
     first = len(sequence.prompt_ids)
-    return torch.log_softmax(logits[first - 1 : -1], -1).gather(1, ids[first:, None])[:, 0]
+    logits = model(ids[None]).logits[0, first - 1 : -1].float()
+    if sequence.temperatures is not None:
+        logits = logits / torch.from_numpy(sequence.temperatures)[:, None]
+    return torch.log_softmax(logits, -1).gather(1, ids[first:, None])[:, 0]
 
 
 def dense_loss(
-    model: PreTrainedModel, sequences: list[TrainingSequence], reference: list[torch.Tensor], temperature: float, tau: float
+    model: PreTrainedModel, sequences: list[TrainingSequence], reference: list[torch.Tensor], tau: float
 ) -> torch.Tensor:
     """The batch's loss by `algorithms.mirror_descent`. Advantages were centred, so they serve as rewards with mean 0."""
-    log_probs = [dense_log_probs(model, s, temperature) for s in sequences]
+    log_probs = [dense_log_probs(model, s) for s in sequences]
     return mirror_descent(
         torch.cat(log_probs),
         torch.cat(reference),
@@ -126,14 +128,14 @@ def dense_steps(
     """Optimizer steps of one pass with transformers and torch's AdamW: losses, gradient norms, the first step's gradients and
     the parameters at the end, both under their Hugging Face names."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    o, temperature = config.training.optimizer, config.rollout.temperature
+    o = config.training.optimizer
     adam = torch.optim.AdamW(model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
     with torch.no_grad():
-        reference = [[dense_log_probs(model, s, temperature) for s in sequences] for sequences in minibatches]
+        reference = [[dense_log_probs(model, s) for s in sequences] for sequences in minibatches]
     losses, norms, gradients = [], [], {}
     for sequences, before in zip(minibatches, reference, strict=True):
         adam.zero_grad()
-        loss = loss_of(model, sequences, before, temperature, tau)
+        loss = loss_of(model, sequences, before, tau)
         loss.backward()
         gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters()}
         losses.append(loss.item())

@@ -37,15 +37,19 @@ def names(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("reset", [True, False])
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_trainer_continues_exactly_where_the_saved_one_was(
-    make_trainer: MakeTrainer, tmp_path: Path, dtype: str, distributed_optimizer: bool
+    make_trainer: MakeTrainer, tmp_path: Path, dtype: str, distributed_optimizer: bool, reset: bool
 ) -> None:
     folder = make_model(tmp_path / "model", tied=distributed_optimizer)
-    config = make_config(folder, dtype=dtype, training={"distributed_optimizer": distributed_optimizer})
+    optimizer = {"lr": 1e-2, "eps": 1e-3, "reset": reset}
+    config = make_config(folder, dtype=dtype, training={"distributed_optimizer": distributed_optimizer, "optimizer": optimizer})
     first = make_trainer(config)
     step(first)
+    step(first)
+    assert first.optimizer.num_steps == (0 if reset else 2)
     extra = {"version": 3, "sampler": {"drawn": [1, 2], "rates": {"a": 0.5}}}
     path = checkpoint.save(first, tmp_path, 1, extra, keep=2)
     second = make_trainer(config)

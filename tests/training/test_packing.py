@@ -23,6 +23,7 @@ def sequence(group: int, trajectory: int, prompt_tokens: int, mask: list[bool]) 
         weight_versions=np.arange(n, dtype=np.int32),
         advantage=trajectory / 8,
         weight=1 / (trajectory + 1),
+        temperatures=None if trajectory % 3 == 2 else (0.5 + np.arange(n) / 64).astype(np.float32),
     )
 
 
@@ -60,6 +61,8 @@ def test_every_loss_token_is_trained_exactly_once_with_its_own_facts(sequences, 
             owner = pack.sequence_ids[i]
             assert pack.trajectory_ids[owner] == trajectory
             assert pack.behaviour_log_probs[i] == sequences[trajectory].behaviour_log_probs[at]
+            own = sequences[trajectory].temperatures
+            assert pack.temperatures[i] == (1 if own is None else own[at])
             assert pack.weight_versions[i] == sequences[trajectory].weight_versions[at]
             assert pack.advantages[owner] == np.float32(sequences[trajectory].advantage)
             assert pack.weights[owner] == np.float32(sequences[trajectory].weight)

@@ -69,7 +69,7 @@ def test_log_probs_are_those_of_the_dense_model(folder, make_trainer):
         for i, trajectory in enumerate(pack.trajectory_ids):
             own = sequences[trajectory]
             with torch.no_grad():
-                expected = dense_log_probs(model, own, config.rollout.temperature)[torch.from_numpy(own.loss_mask)]
+                expected = dense_log_probs(model, own)[torch.from_numpy(own.loss_mask)]
             torch.testing.assert_close(found[torch.from_numpy(pack.sequence_ids) == i], expected, rtol=0, atol=1e-5)
             seen += len(expected)
     assert seen == sum(int(s.loss_mask.sum()) for s in sequences) == batch.num_trained_tokens
@@ -104,10 +104,10 @@ def test_how_the_work_is_cut_changes_nothing(training, folder, make_trainer):
 
 def test_epochs_train_the_same_minibatches_again(folder, make_trainer):
     minibatches = halves(make_groups())
-    once = make_trainer(make_config(folder, training={"epochs": 2}))
+    once = make_trainer(make_config(folder))
     batch = once.distribute(minibatches)
     reference = once.log_probs(batch)
-    once.step(batch, MirrorDescent(TAU), reference)
+    once.step(batch, MirrorDescent(TAU), reference, epochs=2)
     spelled_out = make_trainer(make_config(folder))
     batch = spelled_out.distribute([*minibatches, *minibatches])
     spelled_out.step(batch, MirrorDescent(TAU), spelled_out.log_probs(batch))

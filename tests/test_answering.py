@@ -1,0 +1,60 @@
+"""Work side by side: bounded, in order, and nothing left running after an error."""
+
+import asyncio
+
+import pytest
+
+from megatron_rl.answering import in_order, side_by_side
+from megatron_rl.errors import EngineError
+
+
+class Works:
+    """Each one takes as many turns of the loop as it is told."""
+
+    def __init__(self):
+        self.running, self.most, self.cancelled = 0, 0, 0
+
+    async def one(self, number, turns):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+        if number == 13:
+            raise EngineError("broken")
+        return number
+
+
+@pytest.mark.parametrize("limit", [1, 3, 50])
+def test_results_come_in_order_and_no_more_than_the_limit_run(limit):
+    works, turns = Works(), [9, 1, 40, 2, 2, 1, 30, 1, 1, 1]
+
+    async def collect():
+        return [n async for n in in_order((works.one(i, t) for i, t in enumerate(turns)), limit)]
+
+    assert asyncio.run(collect()) == list(range(len(turns)))
+    assert works.most == min(limit, len(turns))
+
+
+def test_an_error_is_raised_as_it_is_before_earlier_work_has_ended_and_ends_the_rest():
+    works = Works()
+
+    async def collect():
+        async for n in in_order((works.one(i, 10**6 if i == 10 else 1) for i in range(10, 30)), 5):
+            raise AssertionError(f"{n} came before 10")
+
+    with pytest.raises(EngineError, match="broken"):
+        asyncio.run(collect())
+    assert works.running == 0 and works.cancelled >= 1
+
+    async def together():
+        await side_by_side(works.one(i, 10**6 if i == 10 else 1) for i in range(10, 30))
+
+    with pytest.raises(EngineError, match="broken"):
+        asyncio.run(together())
+    assert works.running == 0
