@@ -103,6 +103,7 @@ class SGLangServing:
                 self._memory.offload("gradients", "main_weights")
                 _wait_for_all_ranks()
         with self._turn("resume", "resumed"):
+            self._runner.run(_all(e.revive() for e in self._supervised))
             self._all_engines(lambda e: e.resume_memory(("weights",)))
         if self._memory:
             self._memory.begin_copy("parameters")  # the link is idle meanwhile

@@ -135,6 +135,14 @@ class SupervisedEngine:
         except EngineGoneError as e:
             await self._mend(engine, e)
 
+    async def revive(self) -> None:
+        """Before a publish: a server that died while the trainer had the GPU is started again, without weights."""
+        engine = self.engine
+        try:
+            await engine.health()
+        except EngineGoneError as e:
+            await self._mend(engine, e, reload=False)
+
     async def close(self) -> None:
         if self._engine is not None:
             await self._engine.close()
@@ -142,8 +150,9 @@ class SupervisedEngine:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    async def _mend(self, broken: SGLangEngine, reason: EngineGoneError) -> None:
-        """A server at work under the current version, unless another caller has seen to it already."""
+    async def _mend(self, broken: SGLangEngine, reason: EngineGoneError, *, reload: bool = True) -> None:
+        """A server at work under the current version, unless another caller has seen to it already. reload False: without
+        weights, which a publish brings next."""
         async with self._mending:
             if self._engine is not broken:
                 return
@@ -152,7 +161,7 @@ class SupervisedEngine:
                 raise EngineError(
                     f"engine {self.name}: gone, after {self.num_restarts} restarts (rollout.sglang.max_restarts): {end}"
                 )
-            if self._export is None and self.weight_version > 0:
+            if reload and self._export is None and self.weight_version > 0:
                 raise EngineError(
                     f"engine {self.name}: gone, and its weights cannot be exported again while other ranks wait; "
                     f"start the same command again, nothing is lost: {end}"
@@ -163,7 +172,7 @@ class SupervisedEngine:
             await broken.close()
             self._past_usage = await self.kv_usage()
             fresh = await self._connect(await self._server.start())
-            if self.weight_version >= 0:
+            if reload and self.weight_version >= 0:
                 if self._export is None:
                     await fresh.adopt(self.weight_version)  # version 0 is the model folder, which the server has read
                 else:

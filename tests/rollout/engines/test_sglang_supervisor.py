@@ -72,6 +72,25 @@ def changed(folder):
     return [[(name, tensor * 1.03) for name, tensor in read_folder(folder)]]
 
 
+def test_a_server_that_dies_while_the_trainer_has_the_gpu_is_there_again_for_the_publish(folder, tmp_path):
+    """Also where other ranks would have to export its weights: a publish brings them."""
+
+    async def scenario():
+        async with supervised(folder, tmp_path / "run") as engine:
+            await engine.load_weights(changed(folder), 1)
+            await engine.release_memory(["kv_cache", "weights"])
+            os.killpg(engine._server.pid, signal.SIGKILL)
+            await engine.revive()
+            await engine.resume_memory(["weights"])
+            await engine.load_weights(changed(folder), 2)
+            await engine.resume_memory(["kv_cache"])
+            await engine.revive()
+            found = await collect(engine, [request(0, prompt(0, 9), 5, weight_version=2)])
+            return engine.num_restarts, len(found[0].token_ids)
+
+    assert run(scenario()) == (1, 5)
+
+
 def test_requests_of_a_dead_server_go_on_where_they_were_under_the_same_weights(folder, tmp_path):
     requests = [request(i, prompt(i, 9 + i), 60, seed=3, weight_version=2) for i in range(4)]
 
