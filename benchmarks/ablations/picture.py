@@ -1,0 +1,78 @@
+"""An ablation's picture: one panel a metric, each arm's mean over seeds drawn over its faint seeds. SVG on a white ground."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from statistics import fmean
+
+from megatron_rl.report.charts import HEIGHT, WIDTH, Line, line_chart, moving_average
+
+COLOURS = ("#2f6fde", "#e8833a")  # of the arms, in order
+TITLE, HEAD, FOOT = 46, 26, 24  # heights of the title, a panel's heading, the foot
+STYLE = (
+    ".grid{stroke:#e3e6eb}.axis{fill:#636c7c;font-size:11px}.hit{fill:none}"
+    ".line{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}.faint{opacity:.3;stroke-width:1.2}"
+    + "".join(f".s{i}{{stroke:{colour}}}" for i, colour in enumerate(COLOURS))
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric: for each arm, one curve a seed, all of one length."""
+
+    heading: str
+    curves: Mapping[str, Sequence[Sequence[float]]]
+    floor: float | None = None
+    ceiling: float | None = None
+
+
+def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Of several seeds, point by point."""
+    return [fmean(values) for values in zip(*curves, strict=True)]
+
+
+def draw(title: str, panels: Sequence[Panel], foot: str, *, window: int = 5) -> str:
+    """`window`: points averaged into each one that is drawn; `foot` should say seeds, iterations and what was cut."""
+    parts = [_text(14, 20, title, "#1b2130", 15, 600), *_legend(list(panels[0].curves))]
+    top = TITLE
+    for panel in panels:
+        parts.append(_text(14, top + 16, panel.heading, "#1b2130", 12, 600))
+        chart = line_chart(range(len(next(iter(panel.curves.values()))[0])), _lines(panel, window), **_bounds(panel))
+        place = f'<svg x="0" y="{top + HEAD}" width="{WIDTH}" height="{HEIGHT}"'
+        parts.append(place + chart.removeprefix("<svg"))
+        top += HEAD + HEIGHT
+    parts.append(_text(14, top + 16, foot, "#636c7c", 11, 400))
+    height = top + FOOT
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'font-family="system-ui, sans-serif"><style>{STYLE}</style>\n'
+        f'<rect width="100%" height="100%" fill="#fff"/>\n{body}\n</svg>\n'
+    )
+
+
+def _lines(panel: Panel, window: int) -> list[Line]:
+    lines = []
+    for colour, (arm, curves) in enumerate(panel.curves.items()):
+        lines += [Line(f"{arm}, seed", moving_average(curve, window), colour, faint=True) for curve in curves]
+        lines.append(Line(arm, moving_average(mean_curve(curves), window), colour))
+    return lines
+
+
+def _bounds(panel: Panel) -> dict[str, float | None]:
+    return {"floor": panel.floor, "ceiling": panel.ceiling}
+
+
+def _legend(arms: Sequence[str]) -> list[str]:
+    x, parts = 14.0, []
+    for colour, arm in zip(COLOURS, arms, strict=False):
+        parts.append(f'<rect x="{x}" y="30" width="11" height="11" rx="3" fill="{colour}"/>')
+        parts.append(_text(x + 16, 40, arm, "#636c7c", 12, 400))
+        x += 36 + 6.4 * len(arm)
+    return parts
+
+
+def _text(x: float, y: float, content: str, colour: str, size: int, weight: int) -> str:
+    return f'<text x="{x:.0f}" y="{y}" fill="{colour}" font-size="{size}" font-weight="{weight}">{escape(content)}</text>'
