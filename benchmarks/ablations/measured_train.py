@@ -2,7 +2,7 @@
 
 Leaves outcome.json in the run folder: `steps` of the engine, each a prefill and a decode pass as far as there is work; `rows`
 decoded, padding included (the sum over steps of the padded batch); `prefill_tokens`; and the `evaluation` of the trained model
-on all prompts, 8 sampled responses each. Counting needs the whole run in one process: `run.py` begins an interrupted one anew.
+on all prompts, sampled. Counting needs the whole run in one process: `run.py` begins an interrupted one anew.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_rl.rollout.engines.embedded import runner
 from megatron_rl.rollout.engines.embedded.scheduler import Plan, Scheduler
 from megatron_rl.run_folder import write_atomically
 
-SAMPLES = 8
+RESPONSES = 800  # in the evaluation, over all prompts
 
 
 def counted(config: Config) -> dict[str, int]:
@@ -46,7 +46,9 @@ def main() -> None:
     if code := train(config):
         sys.exit(code)
     outcome = dict(counts)
-    evaluation = evaluate(config, config.run.folder / "hf", split="train", greedy=False, samples=SAMPLES)
+    assert config.data.path is not None, "the ablations' prompts are a file"
+    samples = max(1, RESPONSES // len(config.data.path.read_text(encoding="utf-8").splitlines()))
+    evaluation = evaluate(config, config.run.folder / "hf", split="train", greedy=False, samples=samples)
     write_atomically(config.run.folder / "outcome.json", json.dumps({**outcome, "evaluation": evaluation}, indent=1))
 
 

@@ -1,8 +1,9 @@
 """The paper's claims against their opposites, in miniature: `python benchmarks/ablations/run.py NAME [--seeds 0 1 2]`.
 
-NAME is one of `ABLATIONS`: two arms, one config each (`NAME.yaml` and its overrides). Runs what is not finished, one run after
-the other, into runs/ablations/NAME, then writes benchmarks/results/ablation_NAME.json and docs/ablation_NAME.svg. What was found:
-docs/ablations.md. One run: `measured_train.py`; the tasks: `tasks.py`.
+NAME is one of `ABLATIONS`: two runs of each seed, compared. A run is a config of this folder with overrides, and may serve
+several ablations. Runs what is not finished, one after the other, into runs/ablations/RUN/seedN, then writes
+benchmarks/results/ablation_NAME.json and docs/ablation_NAME.svg. What was found: docs/ablations.md. One run:
+`measured_train.py`; the tasks: `tasks.py`.
 """
 
 from __future__ import annotations
@@ -29,43 +30,36 @@ from result_file import Row, write_result  # noqa: E402
 PACKAGES = ["torch", "megatron-core", "transformers"]
 PANELS = {"reward/correct": ("correct, share of the batch", 0.0, 1.0), "length/mean": ("tokens of a response", 0.0, None)}
 
+RUNS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> config and task, overrides
+    "chain_full": ("chain", ()),
+    "chain_rest": ("chain", ("algorithm.name=rest",)),
+    "chain_partial": ("chain", ("rollout.partial=true", "rollout.token_budget=16", "run.iterations=80")),
+    "sum": ("sum", ()),
+    "sum_rest": ("sum", ("algorithm.name=rest",)),
+    "sum_length": ("sum", ("rewards.length.schedule=constant", "rewards.length.start_iteration=15")),
+}
+
 
 @dataclass(frozen=True)
 class Ablation:
     title: str
-    task: str  # of tasks.py
-    arms: Mapping[str, tuple[str, ...]]  # name -> overrides of the config; the paper's method first
-    foot: str  # what the picture must say beside seeds and iterations
+    arms: Mapping[str, str]  # what it is called -> its run; the paper's method first
     with_length: bool = False
     with_cost: bool = False
 
 
 ABLATIONS = {
-    "rest": Ablation(
-        "Mirror descent against ReST",
-        "chain",
-        {"mirror descent": (), "ReST": ("algorithm.name=rest",)},
-        "80 iterations of 32 groups of 8",
-    ),
+    "rest_chain": Ablation("Mirror descent against ReST, chains", {"mirror descent": "chain_full", "ReST": "chain_rest"}),
+    "rest_sum": Ablation("Mirror descent against ReST, sums", {"mirror descent": "sum", "ReST": "sum_rest"}),
     "partial": Ablation(
-        "Partial against full rollouts",
-        "chain",
-        {
-            "partial rollouts": (),
-            "full rollouts": ("rollout.partial=false", "rollout.token_budget=80", "run.iterations=100"),
-        },
-        "batches of 32 groups of 8, as many as both arms have",
+        "Partial against full rollouts, chains",
+        {"partial rollouts": "chain_partial", "full rollouts": "chain_full"},
         with_length=True,
         with_cost=True,
     ),
     "length": Ablation(
-        "Length reward on and off",
-        "sum",
-        {
-            "length reward from iteration 20": ("rewards.length.schedule=constant", "rewards.length.start_iteration=20"),
-            "no length reward": (),
-        },
-        "80 iterations of 20 groups of 16",
+        "Length reward on and off, sums",
+        {"length reward from iteration 15": "sum_length", "no length reward": "sum"},
         with_length=True,
     ),
 }
@@ -99,16 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=ABLATIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", type=int, nargs="+", choices=(0, 1), default=[0, 1], help="run these; results need both")
     arguments = parser.parse_args()
     ablation = ABLATIONS[arguments.name]
-    arms = {
-        arm: [measure(arguments.name, i, seed) for seed in arguments.seeds]
-        for i, arm in enumerate(ablation.arms)
-        if i in arguments.arms
-    }
-    if len(arms) < 2:
-        return
+    arms = {arm: [measure(run, seed) for seed in arguments.seeds] for arm, run in ablation.arms.items()}
     rows = compared(ablation, arms)
     for row in rows:
         print(f"{row.case:64} {row.ours:9.4f} {row.unit}, {row.peer_name} {row.peer:9.4f}")
@@ -123,15 +110,14 @@ def main() -> None:
     picture.write_text(drawn(ablation, arms, arguments.seeds), encoding="utf-8")
 
 
-def measure(name: str, arm: int, seed: int) -> Measured:
-    """The run of an arm and a seed, made if there is none; an unfinished one is begun anew."""
-    ablation = ABLATIONS[name]
-    task, folder = f".cache/ablations/{ablation.task}", f"runs/ablations/{name}/arm{arm}_seed{seed}"
+def measure(run: str, seed: int) -> Measured:
+    """The run of a seed, made if there is none; an unfinished one is begun anew."""
+    name, overrides = RUNS[run]
+    task, folder = f".cache/ablations/{name}", f"runs/ablations/{run}/seed{seed}"
     if not (ROOT / task / "task.jsonl").is_file():
-        python("tasks.py", ablation.task, task)
+        python("tasks.py", name, task)
     if not (ROOT / folder / "outcome.json").is_file():
         shutil.rmtree(ROOT / folder, ignore_errors=True)
-        overrides = list(ablation.arms.values())[arm]
         python("measured_train.py", str(HERE / f"{name}.yaml"), f"run.folder={folder}", f"run.seed={seed}", *overrides)
     lines = (ROOT / folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     outcome = json.loads((ROOT / folder / "outcome.json").read_text(encoding="utf-8"))
@@ -211,7 +197,8 @@ def drawn(ablation: Ablation, arms: Mapping[str, Sequence[Measured]], seeds: Seq
         for key, (heading, floor, ceiling) in PANELS.items()
         if key in shown(ablation)
     ]
-    said = f"mean of seeds {', '.join(map(str, seeds))} (faint), over 5 batches; {ablation.foot}: {length} shown"
+    names = ", ".join(map(str, seeds))
+    said = f"Seeds {names} (faint) and their mean, over 5 batches of 16 groups of 8; all {length} batches are shown."
     return draw(ablation.title, panels, said)
 
 
