@@ -57,7 +57,7 @@ def test_a_picture_shows_every_seed_and_each_mean_and_says_what_was_cut(scripts)
     picture = run.drawn(run.ABLATIONS["rest_chain"], arms, [0, 1, 2])
     paths = ElementTree.fromstring(picture).findall(".//{http://www.w3.org/2000/svg}path")
     assert sum("faint" in p.get("class", "") for p in paths) == 6 and len(paths) == 8
-    assert "seeds 0, 1, 2" in picture and "all 6 batches" in picture
+    assert "Seeds 0, 1, 2" in picture and "the first 6 batches" in picture
 
 
 def test_every_arm_is_a_configuration_that_the_package_accepts(scripts) -> None:

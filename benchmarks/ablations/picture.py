@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,7 +13,7 @@ from megatron_rl.report.charts import HEIGHT, WIDTH, Line, line_chart, moving_av
 COLOURS = ("#2f6fde", "#e8833a")  # of the arms, in order
 TITLE, HEAD, FOOT = 46, 26, 24  # heights of the title, a panel's heading, the foot
 STYLE = (
-    ".grid{stroke:#e3e6eb}.axis{fill:#636c7c;font-size:11px}.hit{fill:none}"
+    ".grid{stroke:#e3e6eb}.axis{fill:#636c7c;font-size:11px}"
     ".line{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}.faint{opacity:.3;stroke-width:1.2}"
     + "".join(f".s{i}{{stroke:{colour}}}" for i, colour in enumerate(COLOURS))
 )
@@ -40,6 +41,7 @@ def draw(title: str, panels: Sequence[Panel], foot: str, *, window: int = 5) -> 
     for panel in panels:
         parts.append(_text(14, top + 16, panel.heading, "#1b2130", 12, 600))
         chart = line_chart(range(len(next(iter(panel.curves.values()))[0])), _lines(panel, window), **_bounds(panel))
+        chart = re.sub(r'<rect class="hit"[^>]*/>', "", chart)  # areas for a pointer, which a picture does not have
         place = f'<svg x="0" y="{top + HEAD}" width="{WIDTH}" height="{HEIGHT}"'
         parts.append(place + chart.removeprefix("<svg"))
         top += HEAD + HEIGHT

@@ -30,10 +30,16 @@ from result_file import Row, write_result  # noqa: E402
 PACKAGES = ["torch", "megatron-core", "transformers"]
 PANELS = {"reward/correct": ("correct, share of the batch", 0.0, 1.0), "length/mean": ("tokens of a response", 0.0, None)}
 
+PARTIAL = ("rollout.partial=true", "rollout.token_budget=16", "run.iterations=80")  # the first ones wait for a whole batch
+SLOWER = ("training.optimizer.lr=2.0e-4",)  # the configs have 5e-4
+
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> config and task, overrides
     "chain_full": ("chain", ()),
+    "chain_full_slower": ("chain", SLOWER),
     "chain_rest": ("chain", ("algorithm.name=rest",)),
-    "chain_partial": ("chain", ("rollout.partial=true", "rollout.token_budget=16", "run.iterations=80")),
+    "chain_partial": ("chain", PARTIAL),
+    "chain_partial_slower": ("chain", (*PARTIAL, *SLOWER)),
+    "chain_partial_last": ("chain", (*PARTIAL, "algorithm.loss_segments=last")),
     "sum": ("sum", ()),
     "sum_rest": ("sum", ("algorithm.name=rest",)),
     "sum_length": ("sum", ("rewards.length.schedule=constant", "rewards.length.start_iteration=15")),
@@ -56,6 +62,17 @@ ABLATIONS = {
         {"partial rollouts": "chain_partial", "full rollouts": "chain_full"},
         with_length=True,
         with_cost=True,
+    ),
+    "partial_slower": Ablation(
+        "Partial against full rollouts, chains, learning rate 2e-4",
+        {"partial rollouts": "chain_partial_slower", "full rollouts": "chain_full_slower"},
+        with_length=True,
+        with_cost=True,
+    ),
+    "loss_segments": Ablation(
+        "Which segments carry loss in partial rollouts, chains",
+        {"the last one": "chain_partial_last", "all": "chain_partial"},
+        with_length=True,
     ),
     "length": Ablation(
         "Length reward on and off, sums",
@@ -198,7 +215,7 @@ def drawn(ablation: Ablation, arms: Mapping[str, Sequence[Measured]], seeds: Seq
         if key in shown(ablation)
     ]
     names = ", ".join(map(str, seeds))
-    said = f"Seeds {names} (faint) and their mean, over 5 batches of 16 groups of 8; all {length} batches are shown."
+    said = f"Seeds {names} (faint) and their mean; the first {length} batches of 16 groups of 8, each point over the last 5."
     return draw(ablation.title, panels, said)
 
 

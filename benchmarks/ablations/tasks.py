@@ -1,7 +1,8 @@
 """The two tasks of the ablations, and the tiny models that begin on them: `python benchmarks/ablations/tasks.py NAME FOLDER`.
 
 `chain`: `b>f` asks for every symbol on the way, `cdef`; the ways are short as a rule and long now and then, and every token
-must be right. `sum`: `7+5` asks for the last digit, `=2`; a response may count up to it first, `89012=2`. Each FOLDER gets
+must be right. `sum`: `7+5` asks for the last digit, `=2`; a response may count up to it first, `89012=2`, and count again, which
+it need not, `89012;89012=2`. Each FOLDER gets
 model/ (a random Qwen3 of two layers, warmed up until it knows the form and often slips) and task.jsonl. The repository's root
 must be on PYTHONPATH, as `run.py` puts it.
 """
@@ -25,8 +26,8 @@ SYMBOLS = string.ascii_lowercase + string.digits + "!#$%&()*+,-./:;<=?@[]^_"  # 
 BANDS = ((0.75, 2, 8), (0.17, 9, 24), (0.08, 25, 56))  # share of the questions, shortest and longest way
 NUM_CHAINS = 400
 CHAIN_SLIP, SUM_SLIP = 0.12, 0.06  # of one symbol, in the warm-up
-WORKED = 0.7  # of the warm-up's sums; the others answer at once, and are right in a share DIRECT_RIGHT
-DIRECT_RIGHT = 0.3
+WORKED, AGAIN = 0.8, 0.6  # shares of the warm-up's sums that are counted up, and of counts after which another one comes
+DIRECT_RIGHT, MOST_COUNTS = 0.3, 4  # how often an answer without a count is right; counts of one response at most
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,22 @@ def sums() -> list[tuple[str, str]]:
 
 
 def worked_or_direct(draw: random.Random, question: str, answer: str) -> str:
-    """Counted up, each step +1 or, slipping, +0 or +2; or the answer at once, mostly wrong."""
+    """Counted up, once or several times, the last count being what is answered; or the answer at once, mostly wrong."""
     if draw.random() >= WORKED:
         return f"={answer}" if draw.random() < DIRECT_RIGHT else f"={draw.randrange(10)}"
+    counts = [count(draw, question)]
+    while len(counts) < MOST_COUNTS and draw.random() < AGAIN:
+        counts.append(count(draw, question))
+    return f"{';'.join(counts)}={counts[-1][-1]}"
+
+
+def count(draw: random.Random, question: str) -> str:
+    """Each step +1 or, slipping, +0 or +2."""
     digit, written = int(question[0]), ""
     for _ in range(int(question[2])):
         digit = (digit + (draw.choice((0, 2)) if draw.random() < SUM_SLIP else 1)) % 10
         written += str(digit)
-    return f"{written}={digit}"
+    return written
 
 
 TASKS = {"chain": Task(chains, slipping_chain, steps=600), "sum": Task(sums, worked_or_direct, steps=600)}
