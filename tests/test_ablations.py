@@ -14,6 +14,7 @@ import pytest
 from megatron_rl import config as configuration
 from megatron_rl.rewards import exact
 
+CIRCLE = "{http://www.w3.org/2000/svg}circle"
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "ablations"
 
 
@@ -52,11 +53,16 @@ def test_arms_are_compared_over_as_many_batches_as_all_have_and_costs_over_whole
 
 
 def test_a_picture_shows_every_seed_and_each_mean_and_says_what_was_cut(scripts) -> None:
+    from picture import scatter
+
     run, _ = scripts
     arms = {"a": [measured(run, [0.1 * i] * 8, 1) for i in range(3)], "b": [measured(run, [0.5] * 6, 1)] * 3}
     picture = run.drawn(run.ABLATIONS["rest_chain"], arms, [0, 1, 2])
     paths = ElementTree.fromstring(picture).findall(".//{http://www.w3.org/2000/svg}path")
     assert sum("faint" in p.get("class", "") for p in paths) == 6 and len(paths) == 8
+    dots = ElementTree.fromstring(scatter("", {"a": [(2, 0.5), (4, 0.7)], "b": [(3, 0.6)]}, "")).iter(CIRCLE)
+    means = {(c.get("cx"), c.get("cy")) for c in dots if c.get("r") == "5"}
+    assert len(means) == 1  # both models need 3 tokens and are right in 0.6
     assert "Seeds 0, 1, 2" in picture and "the first 6 batches" in picture
 
 

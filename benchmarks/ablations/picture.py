@@ -1,7 +1,8 @@
-"""An ablation's picture: one panel a metric, each arm's mean over seeds drawn over its faint seeds. SVG on a white ground."""
+"""An ablation's picture, SVG on a white ground: each arm's mean over its faint seeds (`draw`), or a point a model (`scatter`)."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,32 @@ def draw(title: str, panels: Sequence[Panel], foot: str, *, window: int = 5) -> 
         parts.append(place + chart.removeprefix("<svg"))
         top += HEAD + HEIGHT
     parts.append(_text(14, top + 16, foot, "#636c7c", 11, 400))
-    height = top + FOOT
+    return _page(parts, top + FOOT)
+
+
+def scatter(title: str, points: Mapping[str, Sequence[tuple[float, float]]], foot: str) -> str:
+    """What each model needs and reaches: (tokens, share correct) of every seed, faint, and their mean with the model's name."""
+    right = math.ceil(max(tokens for seeds in points.values() for tokens, _ in seeds)) + 4  # room for names
+    x, y = (lambda tokens: 46 + tokens / right * (WIDTH - 60)), (lambda share: TITLE + 10 + (1 - share) * 230)
+    parts = [_text(14, 20, title, "#1b2130", 15, 600), _text(14, 40, "correct, over tokens of a response", "#636c7c", 12, 400)]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<line class="grid" x1="46" x2="{WIDTH - 14}" y1="{y(share):.1f}" y2="{y(share):.1f}"/>')
+        parts.append(f'<text class="axis" x="39" y="{y(share) + 4:.1f}" text-anchor="end">{share:g}</text>')
+    parts += [
+        f'<text class="axis" x="{x(n):.1f}" y="{y(0) + 18:.1f}" text-anchor="middle">{n}</text>' for n in range(0, right, 2)
+    ]
+    lowest = -math.inf
+    for name, seeds in sorted(points.items(), key=lambda item: -fmean(share for _, share in item[1])):
+        parts += [f'<circle cx="{x(n):.1f}" cy="{y(share):.1f}" r="3" fill="#2f6fde" opacity=".3"/>' for n, share in seeds]
+        at = x(fmean(n for n, _ in seeds)), y(fmean(share for _, share in seeds))
+        parts.append(f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="5" fill="#2f6fde"/>')
+        lowest = max(at[1] + 4, lowest + 14)  # names move down where they would overlap
+        parts.append(_text(at[0] + 12, round(lowest, 1), name, "#1b2130", 12, 400))
+    height = round(y(0)) + 50
+    return _page([*parts, _text(14, height - 10, foot, "#636c7c", 11, 400)], height)
+
+
+def _page(parts: Sequence[str], height: int) -> str:
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
