@@ -149,6 +149,7 @@ def test_a_missing_file_is_named(tmp_path):
             ["rollout.max_segments=2"],
             "rollout.token_budget=64 times rollout.max_segments=2 is less than rollout.max_response_tokens=256",
         ),
+        (["rollout.partial=false"], "rollout.partial=false: rollout.token_budget=64 would cut .*=256; raise the budget"),
         (["rollout.max_staleness=6"], "rollout.max_staleness=6: .*set it to at least 7"),
         (["rollout.embedded.batch_sizes=[4, 2, 64]"], "rollout.embedded.batch_sizes=.*rise strictly"),
         (["rollout.embedded.batch_sizes=[]"], "must hold at least one size"),

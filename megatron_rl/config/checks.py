@@ -29,6 +29,11 @@ def check(c: Config) -> None:
             f"rollout.token_budget={r.token_budget} times rollout.max_segments={r.max_segments} is less than "
             f"rollout.max_response_tokens={r.max_response_tokens}: long responses could never end; raise one of the first two"
         )
+    if not r.partial and r.token_budget < r.max_response_tokens:
+        raise ConfigError(
+            f"rollout.partial=false: rollout.token_budget={r.token_budget} would cut responses of up to "
+            f"rollout.max_response_tokens={r.max_response_tokens}; raise the budget to that, or set rollout.partial=true"
+        )
     if r.max_staleness + 1 < r.max_segments:
         raise ConfigError(
             f"rollout.max_staleness={r.max_staleness}: a trajectory of rollout.max_segments={r.max_segments} segments is "

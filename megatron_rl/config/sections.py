@@ -138,6 +138,11 @@ class RolloutConfig(Section):
     groups_per_iteration: Positive = setting(doc="complete groups that end a rollout phase and make a batch")
     min_groups: Positive = setting(1, "complete groups a batch needs; fewer wait for a later iteration", ours=True)
     max_open_groups: Positive | None = setting(None, "unfinished groups at most; default twice groups_per_iteration", ours=True)
+    partial: bool = setting(
+        True,
+        "carry unfinished trajectories into the next iteration (paper 2.6.2); false: full rollouts, where a phase draws no more "
+        "groups than its batch needs and waits for them all, so that every token is of the current weights",
+    )
     token_budget: Positive = setting(doc="tokens a trajectory may add in one iteration; the rest waits in the buffer [tokens]")
     max_response_tokens: Positive = setting(doc="tokens of a whole response; beyond it the trajectory ends as `length` [tokens]")
     max_segments: Positive = setting(8, "segments of one trajectory; at the last it ends as `length`", ours=True)

@@ -159,6 +159,12 @@ class _Phase:
     def _is_over(self) -> bool:
         return self.rollout.is_stopping or len(self._complete) >= self.settings.groups_per_iteration
 
+    @property
+    def _most_open(self) -> int:
+        """Full rollouts draw no group beyond what the batch needs: each is waited for."""
+        most, missing = self.rollout.config.max_open_groups, self.settings.groups_per_iteration - len(self._complete)
+        return most if self.settings.partial else min(most, missing)
+
     # --- who generates -----------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
@@ -173,8 +179,8 @@ class _Phase:
                 self._start(group)
 
     def _draw(self) -> None:
-        """Fresh prompts, one by one, while fewer than `max_open_groups` groups are incomplete."""
-        while not self._is_over and len(self._open) < self.rollout.config.max_open_groups:
+        """Fresh prompts, one by one, while fewer groups are incomplete than may be."""
+        while not self._is_over and len(self._open) < self._most_open:
             (prompt,) = self.rollout.sampler.draw(1)
             self._start(self.buffer.draw(prompt, self.settings.group_size, self.iteration))
 

@@ -55,6 +55,14 @@ def test_the_phase_ends_when_the_batch_is_complete_and_aborts_the_rest(buffer: R
     assert sum(t.num_tokens for t in buffer.trajectories(range(100))) == buffer.generated_tokens(0)
 
 
+def test_full_rollouts_draw_what_the_batch_needs_and_wait_for_all_of_it(buffer: ReplayBuffer):
+    engine = FakeEngine(lambda t: 3 if t < 4 else 30)
+    phase = rollout(buffer, engine, config(token_budget=40, max_open_groups=6, groups_per_iteration=3, partial=False))
+    assert [[g.id for g in run(phase, i)] for i in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    assert buffer.num_drawn == 6 and buffer.open_groups() == []
+    assert {s.ending for t in buffer.trajectories(range(12)) for s in t.segments} == {Ending.STOP}
+
+
 def test_surplus_groups_go_first_next_time_without_generating(buffer: ReplayBuffer):
     for i in range(5):
         buffer.draw(prompt(i), 2, 0)

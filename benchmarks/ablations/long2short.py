@@ -1,0 +1,131 @@
+"""Long2short from one checkpoint (paper 2.4): tokens against accuracy. `long2short.py [--seeds 0 1 2]`
+
+The long model of a seed is what `run.py length` trains without a length reward. From it: the average with a short model (the
+warmed-up model fitted to answers without steps, of which a share SHORT_RIGHT is right); shortest rejection sampling, its
+selection fitted by the warm-up's supervised steps; and a second phase of RL with the length reward and at most RL_TOKENS tokens.
+Each is scored on all questions, sampled. Keeps finished scores in runs/ablations/long2short; writes
+benchmarks/results/ablation_long2short.json and docs/ablation_long2short.svg. DPO needs a trainer of its own and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from picture import scatter
+from run import PACKAGES, ROOT, Row, beside, python, write_result
+
+LONG = "long"
+METHODS = {
+    "short": "the short model itself",
+    "merge": "equal average of long and short",
+    "merge_3to1": "average, 3 parts long to 1 short",
+    "reject": "shortest rejection sampling",
+    "rl": "RL with the length reward",
+}
+SHORT_RIGHT = 0.6
+FIT_STEPS, FIT_LR = 100, 5e-4
+RL_TOKENS, RL_ITERATIONS = 16, 25
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--score", action="store_true", help="in a process of its own: score the one seed and write nothing else")
+    arguments = parser.parse_args()
+    if arguments.score:
+        score_seed(arguments.seeds[0])
+        return
+    scores = [scores_of(seed) for seed in arguments.seeds]
+    rows = compared(scores)
+    for row in rows:
+        print(f"{row.case:64} {row.ours:9.4f} {row.unit}, {row.peer_name} {row.peer:9.4f}")
+    write_result("ablation_long2short", rows, ceilings={}, packages=PACKAGES)
+    names = {LONG: "long: no length reward", **METHODS}
+    points = {name: [(s[method]["tokens"], s[method]["correct"]) for s in scores] for method, name in names.items()}
+    foot = f"Seeds {', '.join(map(str, arguments.seeds))} (faint) and their mean; 90 questions, 8 sampled responses each."
+    picture = scatter("Long2short from one checkpoint, sums", points, foot)
+    (ROOT / "docs" / "ablation_long2short.svg").write_text(picture, encoding="utf-8")
+
+
+def scores_of(seed: int) -> dict[str, dict[str, float]]:
+    """Method -> correct, tokens; made if there is nothing."""
+    path = folder_of(seed) / "scores.json"
+    if not path.is_file():
+        shutil.rmtree(folder_of(seed), ignore_errors=True)
+        train_rl(seed)
+        python("long2short.py", "--score", "--seeds", str(seed))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def folder_of(seed: int) -> Path:
+    return ROOT / f"runs/ablations/long2short/seed{seed}"
+
+
+def long_model(seed: int) -> Path:
+    return ROOT / f"runs/ablations/sum/seed{seed}/hf"
+
+
+def overrides(seed: int) -> list[str]:
+    return [f"run.folder={folder_of(seed) / 'rl'}", f"run.seed={seed}", f"run.iterations={RL_ITERATIONS}"]
+
+
+def train_rl(seed: int) -> None:
+    limits = [f"rollout.max_response_tokens={RL_TOKENS}", f"rollout.token_budget={RL_TOKENS}"]
+    settings = [f"model.folder={long_model(seed)}", "rewards.length.schedule=constant", *limits]
+    python("measured_train.py", str(Path(__file__).parent / "sum.yaml"), *overrides(seed), *settings)
+
+
+def score_seed(seed: int) -> None:
+    """Make every model of a seed and score it as the long one is scored."""
+    from tasks import TASKS
+
+    from megatron_rl import config as configuration
+    from megatron_rl.evaluate import evaluate
+    from megatron_rl.long2short.merge import merge
+    from megatron_rl.long2short.selection import write_selection
+
+    config = configuration.load(Path(__file__).parent / "sum.yaml", overrides(seed))
+    folder, draw, questions = folder_of(seed), random.Random(seed), TASKS["sum"].questions()
+
+    def short() -> tuple[str, str]:
+        question, answer = draw.choice(questions)
+        return question, f"={answer if draw.random() < SHORT_RIGHT else draw.randrange(10)}"
+
+    fitted(config.model.folder, folder / "short", short)
+    merge([long_model(seed), folder / "short"], folder / "merge")
+    merge([long_model(seed), folder / "short"], folder / "merge_3to1", weights=[3, 1])
+    write_selection(config, long_model(seed), folder / "selection.jsonl", kind="sft", samples=8)
+    selected = [json.loads(line)["messages"] for line in (folder / "selection.jsonl").read_text(encoding="utf-8").splitlines()]
+    pairs = [(messages[-2]["content"], messages[-1]["content"]) for messages in selected]
+    fitted(long_model(seed), folder / "reject", lambda: draw.choice(pairs))
+    models = {LONG: long_model(seed), **{method: folder / method for method in METHODS}, "rl": folder / "rl" / "hf"}
+    scores = {}
+    for name, model in models.items():
+        found = evaluate(config, model, split="train", greedy=False, samples=8)
+        scores[name] = {"correct": found["mean"], "tokens": found["mean_tokens"]}
+    (folder / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
+
+
+def fitted(source: Path, target: Path, texts: Callable[[], tuple[str, str]]) -> None:
+    from tasks import warm_up
+
+    shutil.copytree(source, target)
+    warm_up(target, texts, steps=FIT_STEPS, lr=FIT_LR)
+
+
+def compared(scores: Sequence[Mapping[str, Mapping[str, float]]]) -> list[Row]:
+    rows = []
+    for method, name in METHODS.items():
+        for key, unit in (("correct", "share"), ("tokens", "tokens")):
+            ours, peers = [s[method][key] for s in scores], [s[LONG][key] for s in scores]
+            rows.append(beside(f"{name}: {key}", unit, ours, peers, "the long model", less_is_better=key == "tokens"))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
