@@ -25,6 +25,8 @@ from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_compat import CONTEXT_MARGIN
 from megatron_rl.types import Ending
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 
 @asynccontextmanager
 async def opened_embedded(folder, **options) -> AsyncIterator[tuple]:
@@ -286,14 +288,15 @@ def test_kept_kv_survives_the_release_of_the_cache_and_continues_to_the_bit(open
     run(scenario())
 
 
-def test_a_group_goes_on_after_keep_to_the_bit_and_after_recompute_within_rounding(folder, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_group_goes_on_after_keep_to_the_bit_and_after_recompute_within_rounding(device, folder, tmp_path):
     """Weights unchanged, version and all: publish, release and resume between two halves of four responses."""
 
     def half(contexts, num_tokens, version):
         return [request(i, c, num_tokens, seed=3, kv_key="g", weight_version=version) for i, c in contexts.items()]
 
     async def generate(interrupt, **options):
-        async with opened_embedded(folder, batch_sizes=(64,), **options) as (engine, _):
+        async with opened_embedded(folder, batch_sizes=(64,), device=torch.device(device), **options) as (engine, _):
             contexts = {i: prompt(0, 19) for i in range(4)}
             first = await collect(engine, half(contexts, 12, 0))
             contexts = {i: [*context, *first[i].token_ids] for i, context in contexts.items()}
