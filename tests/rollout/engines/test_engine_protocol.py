@@ -25,7 +25,7 @@ from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_compat import CONTEXT_MARGIN
 from megatron_rl.types import Ending
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @asynccontextmanager
@@ -288,7 +288,7 @@ def test_kept_kv_survives_the_release_of_the_cache_and_continues_to_the_bit(open
     run(scenario())
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_a_group_goes_on_after_keep_to_the_bit_and_after_recompute_within_rounding(device, folder, tmp_path):
     """Weights unchanged, version and all: publish, release and resume between two halves of four responses."""
 
