@@ -25,8 +25,6 @@ from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_compat import CONTEXT_MARGIN
 from megatron_rl.types import Ending
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 @asynccontextmanager
 async def opened_embedded(folder, **options) -> AsyncIterator[tuple]:
@@ -288,7 +286,7 @@ def test_kept_kv_survives_the_release_of_the_cache_and_continues_to_the_bit(open
     run(scenario())
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
 def test_a_group_goes_on_after_keep_to_the_bit_and_after_recompute_within_rounding(device, folder, tmp_path):
     """Weights unchanged, version and all: publish, release and resume between two halves of four responses."""
 
