@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -70,7 +71,7 @@ def write_data(config: Config, model_folder: Path, out: Path, rules: Rules) -> d
     tokenizer = ChatTokenizer.from_folder(model_folder)
     prompts = load_prompts(config.data, tokenizer).train
     out.mkdir(parents=True, exist_ok=True)
-    _check_settings(out, config, model_folder, rules.samples)
+    _check_settings(out, config, model_folder, rules.samples, prompts)
     log_file = out / "answers.jsonl"
     answers = _read_answers(log_file)
     if len(answers) < len(prompts):
@@ -108,15 +109,16 @@ async def _answer_rest(
         await scorer.close()
 
 
-def _check_settings(out: Path, config: Config, model_folder: Path, samples: int) -> None:
-    """What the answers depend on may not change."""
+def _check_settings(out: Path, config: Config, model_folder: Path, samples: int, prompts: Sequence[Prompt]) -> None:
+    """What the answers depend on may not change; the questions neither, since answers belong to them by their order."""
     sections = ("model", "data", "rollout", "rewards")
     settings: dict[str, Any] = config.model_dump(mode="json", include=set(sections))
     settings |= {"seed": config.run.seed, "model_folder": str(model_folder), "samples": samples}
+    settings["prompts"] = hashlib.sha256("\n".join(prompt.id for prompt in prompts).encode()).hexdigest()
     file = out / "settings.json"
     text = json.dumps(settings, indent=2, sort_keys=True)
     if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise DataError(f"{out}: holds answers that were sampled with other settings; choose another folder, or remove it")
+        raise DataError(f"{out}: holds answers sampled with other settings or prompts; choose another folder, or remove it")
     write_atomically(file, text)
 
 

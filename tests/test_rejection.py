@@ -1,6 +1,7 @@
 """Rejection sampling: the rules by examples; a whole sampling of a random model, killed and gone on with, on both engines."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -73,8 +74,12 @@ def test_a_sampling_that_was_killed_goes_on_to_the_same_files_and_they_can_be_tr
 
     other = write_data(config, model, answers.parent, Rules(samples=8, keep="all"))  # nothing is sampled again
     assert other["kept"] == report["kept"] + report["not_kept"].get("surplus", 0)
-    with pytest.raises(DataError, match="sampled with other settings; choose another folder"):
+    with pytest.raises(DataError, match="sampled with other settings or prompts; choose another folder"):
         write_data(config, model, answers.parent, Rules(samples=7))
+    load = rejection.load_prompts
+    monkeypatch.setattr(rejection, "load_prompts", lambda *given: replace(p := load(*given), train=p.train[::-1]))
+    with pytest.raises(DataError, match="or prompts"):  # the file changed under its name: answers would get other questions
+        write_data(config, model, answers.parent, rules)
 
 
 def test_an_sglang_server_is_started_with_the_folder_and_answers_as_well(config, tmp_path, monkeypatch):
