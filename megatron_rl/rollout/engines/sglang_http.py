@@ -63,9 +63,9 @@ class SGLangClient:
                 async for line in response.content:
                     if line.startswith(b"data: [DONE]"):
                         return
-                    if line.startswith(b"data: "):
+                    if line.startswith(b"data: ") and line.endswith(b"\n"):  # the last of a dying server may be cut off
                         yield json.loads(line[6:])
-        except (aiohttp.ClientError, TimeoutError) as e:
+        except (aiohttp.ClientError, OSError) as e:
             raise self._gone(path, e) from e
         raise EngineGoneError(f"engine {self.name} at {self.url}: ended its answer to {path} before its [DONE]; see its log")
 
@@ -79,7 +79,7 @@ class SGLangClient:
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
                 return self._answer(path, response.status, await response.read())
-        except (aiohttp.ClientError, TimeoutError) as e:
+        except (aiohttp.ClientError, OSError) as e:
             raise self._gone(path, e) from e
 
     def _answer(self, path: str, status: int, body: bytes) -> Any:

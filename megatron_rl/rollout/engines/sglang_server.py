@@ -167,6 +167,13 @@ class ServerProcess:
         hints = [hint for words, hint in _HINTS.items() if words in tail.lower()]
         return f"{how}; {hints[0] if hints else 'its log says why'} ({self.log}):\n{tail}"
 
+    async def outlives_its_error(self) -> bool:
+        """Whether it still runs, a moment after it gave an answer that a dying server may give as well."""
+        assert self._process is not None, "started before"
+        with suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self._process.wait, _END_S)
+        return self.is_running
+
     def tail(self) -> str:
         """The last lines of its log, of this start."""
         with suppress(OSError), self.log.open("rb") as log:
@@ -188,8 +195,22 @@ class ServerProcess:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its children too, whatever became of it
         await asyncio.to_thread(process.wait)
+        for _ in range(round(_STOP_S / _POLL_S)):  # the next server measures the GPU memory that they leave
+            if not _is_group_alive(process.pid):
+                break
+            await asyncio.sleep(_POLL_S)
         if self.plugin_folder is not None:
             shutil.rmtree(self.plugin_folder, ignore_errors=True)
+
+
+def _is_group_alive(group: int) -> bool:
+    """Whether any of its processes still holds memory: those that only wait to be reaped do not count."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, found = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(found) == group and state not in "ZX":
+                return True
+    return False
 
 
 def sglang_program() -> tuple[str, ...]:

@@ -81,7 +81,9 @@ class SupervisedEngine:
                             del left[chunk.trajectory_id]
                             self._open.discard(chunk.trajectory_id)
                         yield chunk
-            except EngineGoneError as e:
+            except EngineError as e:
+                if not isinstance(e, EngineGoneError) and await self._server.outlives_its_error():
+                    raise
                 await self._mend(engine, e)
                 ended = {i: ending for i, p in left.items() if (ending := self._ending_in_absence(p))}
                 for i, ending in ended.items():
@@ -150,41 +152,60 @@ class SupervisedEngine:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    async def _mend(self, broken: SGLangEngine, reason: EngineGoneError, *, reload: bool = True) -> None:
+    async def _mend(self, broken: SGLangEngine, reason: EngineError, *, reload: bool = True) -> None:
         """A server at work under the current version, unless another caller has seen to it already. reload False: without
         weights, which a publish brings next."""
         async with self._mending:
-            if self._engine is not broken:
-                return
-            end = f"{reason}\nthe server {await self._server.epitaph()}"
-            if self.num_restarts >= self._max_restarts:
-                raise EngineError(
-                    f"engine {self.name}: gone, after {self.num_restarts} restarts (rollout.sglang.max_restarts): {end}"
-                )
-            if reload and self._export is None and self.weight_version > 0:
-                raise EngineError(
-                    f"engine {self.name}: gone, and its weights cannot be exported again while other ranks wait; "
-                    f"start the same command again, nothing is lost: {end}"
-                )
-            self.num_restarts += 1
-            log.warning("engine %s is started again (%d of %d): %s", self.name, self.num_restarts, self._max_restarts, end)
-            await self._server.stop()
-            await broken.close()
-            self._past_usage = await self.kv_usage()
+            while self._engine is broken:
+                try:
+                    await self._start_again(broken, reason, reload=reload)
+                except _NotStartedError as e:  # it counts as a death
+                    reason = e
+
+    async def _start_again(self, broken: SGLangEngine, reason: EngineError, *, reload: bool) -> None:
+        """Raises _NotStartedError where another try may help."""
+        end = f"{reason}\nthe server {await self._server.epitaph()}"
+        if self.num_restarts >= self._max_restarts:
+            raise EngineError(
+                f"engine {self.name}: gone, after {self.num_restarts} restarts (rollout.sglang.max_restarts): {end}"
+            )
+        if reload and self._export is None and self.weight_version > 0:
+            raise EngineError(
+                f"engine {self.name}: gone, and its weights cannot be exported again while other ranks wait; "
+                f"start the same command again, nothing is lost: {end}"
+            )
+        self.num_restarts += 1
+        log.warning("engine %s is started again (%d of %d): %s", self.name, self.num_restarts, self._max_restarts, end)
+        await self._server.stop()
+        await broken.close()
+        fresh: SGLangEngine | None = None
+        try:
             fresh = await self._connect(await self._server.start())
             if reload and self.weight_version >= 0:
-                if self._export is None:
-                    await fresh.adopt(self.weight_version)  # version 0 is the model folder, which the server has read
-                else:
-                    with self._export() as buckets:
-                        await fresh.load_weights(buckets, self.weight_version)
-            self._engine = fresh
+                await self._reload(fresh)
+        except EngineError as e:
+            if fresh is not None:
+                await fresh.close()
+            raise _NotStartedError(str(e)) from e
+        self._past_usage = await self.kv_usage()
+        self._engine = fresh
+
+    async def _reload(self, fresh: SGLangEngine) -> None:
+        if self._export is None:
+            await fresh.adopt(self.weight_version)  # version 0 is the model folder, which the server has read
+        else:
+            with self._export() as buckets:
+                await fresh.load_weights(buckets, self.weight_version)
 
     def _ending_in_absence(self, progress: _Progress) -> Ending | None:
         """A request that was aborted, or had its last token but not its ending, when the server died."""
         if progress.has_stopped:
             return Ending.STOP
         return Ending.ABORT if progress.request.trajectory_id in self._aborted else None
+
+
+class _NotStartedError(EngineError):
+    """A server started again that ended, or refused, before it was at work."""
 
 
 class _Progress:

@@ -20,7 +20,7 @@ from megatron_rl.config import KVStoreConfig, SGLangConfig
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.sglang_kv import KeepOnServer
-from megatron_rl.rollout.engines.sglang_server import ServerProcess, arguments, choose_port
+from megatron_rl.rollout.engines.sglang_server import ServerProcess, _is_group_alive, arguments, choose_port
 from megatron_rl.rollout.engines.sglang_supervisor import SupervisedEngine
 from megatron_rl.types import Ending
 
@@ -110,6 +110,57 @@ def test_requests_of_a_dead_server_go_on_where_they_were_under_the_same_weights(
     for i in range(4):
         assert found[i].token_ids.tolist() == expected[i].token_ids.tolist() and found[i].ending is Ending.LENGTH
         assert found[i].log_probs == pytest.approx(expected[i].log_probs, abs=1e-4)
+
+
+def test_a_restart_that_fails_is_tried_again_while_restarts_are_left(folder, tmp_path):
+    async def scenario():
+        async with supervised(folder, tmp_path / "run", max_restarts=2) as engine:
+            os.killpg(engine._server.pid, signal.SIGKILL)
+            program = engine._server._program
+            engine._server._program = (sys.executable, "-c", "raise SystemExit('CUDA out of memory')")
+            stop = engine._server.stop
+
+            async def stop_and_mend():
+                await stop()
+                if engine.num_restarts == 2:
+                    engine._server._program = program
+
+            engine._server.stop = stop_and_mend
+            found = await collect(engine, [request(0, prompt(0, 9), 20)])
+            return engine.num_restarts, len(found[0].token_ids)
+
+    assert run(scenario()) == (2, 20)
+
+
+def test_a_server_that_gives_a_request_up_as_it_dies_is_started_again(folder, tmp_path):
+    async def scenario():
+        async with supervised(folder, tmp_path / "run") as engine:
+
+            async def give_up(requests):
+                os.killpg(engine._server.pid, signal.SIGKILL)
+                raise EngineError("the server gave it up: Aborted")
+                yield
+
+            engine.engine.generate = give_up
+            found = await collect(engine, [request(0, prompt(0, 9), 5)])
+            return engine.num_restarts, len(found[0].token_ids)
+
+    assert run(scenario()) == (1, 5)
+
+
+def test_a_stopped_server_leaves_no_process_of_its_group(tmp_path):
+    async def scenario():
+        server = ServerProcess(settings(tmp_path, tmp_path / "run"), name="sglang-0", index=0, program=PROGRAM)
+        code = "import os, time; os.fork(); print('up', flush=True); time.sleep(60)"
+        command = [sys.executable, "-c", code]
+        server._process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+        assert [server._process.stdout.readline() for _ in range(2)] == [b"up\n"] * 2 and _is_group_alive(server.pid)
+        server._process.kill()  # the main process alone
+        await server.stop()
+        server._process.stdout.close()
+        return _is_group_alive(server.pid)
+
+    assert not run(scenario())
 
 
 def test_a_server_that_keeps_dying_is_given_up_with_its_log(folder, tmp_path):
