@@ -27,6 +27,7 @@ from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
 from megatron_rl.folder_engines import folder_engines
+from megatron_rl.resumable import bind_settings, read_log
 from megatron_rl.rewards.scorer import Scorer
 from megatron_rl.rollout.engines.base import Engine, Sampling
 from megatron_rl.run_folder import write_atomically
@@ -64,7 +65,8 @@ def curate(config: Config, model_folder: Path, out: Path, rules: Rules) -> dict[
     prompts = load_prompts(config.data, tokenizer).train
     out.mkdir(parents=True, exist_ok=True)
     decisive = {key: value for key, value in asdict(rules).items() if key != "in_flight"}
-    _check_settings(out, {"config": dump(config), "model": str(model_folder), "rules": decisive})
+    settings = json.dumps({"config": dump(config), "model": str(model_folder), "rules": decisive}, indent=2)
+    bind_settings(out, settings, conflict="holds a curation that began with other settings")
     with asyncio.Runner() as runner, folder_engines(config, model_folder, runner, name="curation") as engines:
         decisions = runner.run(decide(config, engines, tokenizer, prompts, out / "decisions.jsonl", rules))
     return _write_results(config, prompts, decisions, out)
@@ -76,7 +78,8 @@ async def decide(
     """All decisions by prompt id; those already in the file are taken from there, the others are added in the prompts' order,
     each as soon as it and those before it are made."""
     scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
-    decided = _read_decisions(log_file)
+    raw = read_log(log_file)
+    decided = {r["id"]: Decision(r["id"], Verdict(r["verdict"]), r["reason"], r["pass_rate"]) for r in raw}
     todo = [(i, prompt) for i, prompt in enumerate(prompts) if prompt.id not in decided]
     first: dict[str, str] = {}
     repeats = {p.id: earlier for p in prompts if (earlier := first.setdefault(curation.repeat_key(p), p.id)) != p.id}
@@ -136,26 +139,6 @@ class _Judge:
             first_id=i * (self.rules.samples + self.rules.tries) + first_sample,
         )
         return sum(r.is_correct for r in responses)
-
-
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
-    file = out / "settings.json"
-    text = json.dumps(settings, indent=2)
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise DataError(f"{out}: holds a curation that began with other settings; choose another folder, or remove it")
-    write_atomically(file, text)
-
-
-def _read_decisions(file: Path) -> dict[str, Decision]:
-    """A last line that a kill cut short is removed: that prompt is decided again."""
-    if not file.exists():
-        return {}
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomically(file, whole)
-    raw = [json.loads(line) for line in whole.splitlines()]
-    return {r["id"]: Decision(r["id"], Verdict(r["verdict"]), r["reason"], r["pass_rate"]) for r in raw}
 
 
 def _write_results(config: Config, prompts: Sequence[Prompt], decisions: dict[str, Decision], out: Path) -> dict[str, int]:

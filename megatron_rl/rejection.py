@@ -26,6 +26,7 @@ from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
 from megatron_rl.folder_engines import folder_engines
 from megatron_rl.long2short.selection import preference_pairs
+from megatron_rl.resumable import bind_settings, read_log
 from megatron_rl.rewards.scorer import Scorer
 from megatron_rl.rollout.engines.base import Engine, Sampling
 from megatron_rl.run_folder import write_atomically
@@ -115,23 +116,13 @@ def _check_settings(out: Path, config: Config, model_folder: Path, samples: int,
     settings: dict[str, Any] = config.model_dump(mode="json", include=set(sections))
     settings |= {"seed": config.run.seed, "model_folder": str(model_folder), "samples": samples}
     settings["prompts"] = hashlib.sha256("\n".join(prompt.id for prompt in prompts).encode()).hexdigest()
-    file = out / "settings.json"
     text = json.dumps(settings, indent=2, sort_keys=True)
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise DataError(f"{out}: holds answers sampled with other settings or prompts; choose another folder, or remove it")
-    write_atomically(file, text)
+    bind_settings(out, text, conflict="holds answers sampled with other settings or prompts")
 
 
 def _read_answers(file: Path) -> list[list[Response]]:
-    """One row a prompt, in order; a last line that a kill cut short is removed."""
-    if not file.exists():
-        return []
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomically(file, whole)
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return [[Response(r["text"], r["num_tokens"], r["is_correct"], Ending(r["ending"])) for r in row] for row in rows]
+    """One row a prompt, in order."""
+    return [[Response(r["text"], r["num_tokens"], r["is_correct"], Ending(r["ending"])) for r in row] for row in read_log(file)]
 
 
 def _write_results(
