@@ -51,9 +51,14 @@ def attempt(what: str, function: Callable[[], T], failures: dict[str, str]) -> T
     try:
         return function()
     except Exception as e:  # noqa: BLE001  a peer may fail in any way; its row then says so
-        failures[what] = f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}"
-        print(f"MISSING {what}: {failures[what]}", flush=True)
+        note_missing(what, e, failures)
         return None
+
+
+def note_missing(what: str, error: Exception, failures: dict[str, str]) -> None:
+    """Print why `what` has no number, and keep the reason."""
+    failures[what] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+    print(f"MISSING {what}: {failures[what]}", flush=True)
 
 
 def synchronize(device: torch.device) -> None:

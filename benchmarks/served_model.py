@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from gpu_timing import synchronize
+from gpu_timing import note_missing, synchronize
 
 from megatron_rl import config as configuration
 from megatron_rl.config import Config
@@ -155,12 +155,11 @@ def megatron_of_one(config: Config) -> Iterator[None]:
 
 
 async def attempt(what: str, call: Awaitable[T], failures: dict[str, str]) -> T | None:
-    """What it gives, or None with the reason printed and kept."""
+    """What it gives, or None with the reason printed and kept: `gpu_timing.attempt`, awaited."""
     try:
         return await call
     except Exception as e:  # noqa: BLE001  a peer may fail in any way; its row then says so
-        failures[what] = f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}"
-        print(f"MISSING {what}: {failures[what]}", flush=True)
+        note_missing(what, e, failures)
         return None
 
 
