@@ -104,7 +104,7 @@ def evaluate(
         str | None, typer.Option("--set", help="instead of a split: a ready-made set, or a JSONL file with answers")
     ] = None,
     list_sets: Annotated[bool, typer.Option("--list", help="name the ready-made sets, and do nothing else")] = False,
-    greedy: Annotated[bool, typer.Option("--greedy", help="the likeliest token each time: the default without --sampled")] = False,
+    greedy: Annotated[bool, typer.Option("--greedy", help="the likeliest token each time; default without --sampled")] = False,
     sampled: Annotated[bool, typer.Option("--sampled", help="sample at rollout.temperature; with --greedy, after it")] = False,
     samples: Annotated[int, typer.Option(min=1, help="sampled responses for each prompt")] = 1,
     record: Annotated[

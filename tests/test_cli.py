@@ -23,7 +23,19 @@ rollout: {groups_per_iteration: 1, token_budget: 8, max_response_tokens: 16}
 COMMANDS = {  # frozen: scripts of users depend on it
     "train": ["config", "overrides"],
     "sft": ["config", "overrides"],
-    "eval": ["config", "overrides", "--model", "--split", "--set", "--list", "--greedy", "--sampled", "--samples", "--record", "--html"],
+    "eval": [
+        "config",
+        "overrides",
+        "--model",
+        "--split",
+        "--set",
+        "--list",
+        "--greedy",
+        "--sampled",
+        "--samples",
+        "--record",
+        "--html",
+    ],
     "curate": [
         "config",
         "--out",
