@@ -102,8 +102,8 @@ Deliver = Callable[[list[str]], Sequence[asyncio.Future[None]]]
 async def send(buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], outlet: Outlet, deliver: Deliver) -> int:
     """Deliver every bucket in order, one at a time; returns the bytes delivered.
 
-    `buckets` is advanced in this thread (it may be a collective); `deliver` starts what ends, in worker threads, when all receivers
-    have let go of the bucket. After an error of one the rest is still gathered, for the other ranks' sake."""
+    `buckets` is advanced in this thread (it may be a collective); `deliver` starts what ends, in worker threads, when the
+    receivers have let go of the bucket. After an error of one the rest is still gathered, for the other ranks' sake."""
     flattener, num_bytes = Flattener(), 0
     bucket = None
     running: Sequence[asyncio.Future[None]] = ()

@@ -72,9 +72,7 @@ def test_no_rank_writes_into_a_buffer_before_what_lay_there_was_delivered(fails:
             raise ValueError("refused")
 
     async def publish(rank: int) -> int:
-        handles = Handles(
-            lambda: lambda bucket: serialize(rank, bucket), lambda value: ranks.gather_all(rank, value), rank=rank
-        )
+        handles = Handles(lambda: lambda bucket: serialize(rank, bucket), lambda value: ranks.gather_all(rank, value), rank=rank)
         handles.begin([1, 0, 7] if rank == 0 else [])
         loop = asyncio.get_running_loop()
         receivers = [deliver_here] if rank == 0 else []
