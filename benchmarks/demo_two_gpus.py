@@ -42,6 +42,7 @@ from megatron_rl.serving_sglang import SGLangServing
 RECIPE = ROOT / "examples" / "smollm2_gpu" / "config.yaml"
 PHASES = ("rollout", "train", "publish", "release", "onload", "offload", "resume")
 MISMATCH = 0.02  # nats
+LIMIT_S = 150.0  # longest run
 FREE_S = 20.0  # longest wait for the memory of a run that was ended
 SERVER = {"grammar_backend": "none", "enable_fp32_lm_head": True}
 # SGLang's own all-reduce may use memory that is multicast over NVLink; NCCL obeys NCCL_NVLS_ENABLE=0.
@@ -93,7 +94,7 @@ DEMOS = {
 
 def trained_rows(name: str, folder: Path, job: Job, clock: Clock) -> list[dict[str, Any]]:
     """Metrics of the iterations that trained a batch, of a run that may have been ended early."""
-    code = job.wait(clock.left)
+    code = job.wait(min(clock.left, LIMIT_S))
     clock.tell(f"{name}: {'ended at the deadline' if code is None else f'exit code {code}'}")
     if code != 0:
         for log in (job.log, *sorted((folder / "log").glob("sglang-*.log"))):
@@ -214,7 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
-    parser.add_argument("--seconds", type=float, default=300, help="after which the run at hand is ended and none is started")
+    parser.add_argument("--seconds", type=float, default=300, help="after which no run goes on")
     parser.add_argument("--only", nargs="+", choices=DEMOS, default=list(DEMOS))
     parser.add_argument("--small", action="store_true", help="a tiny model and a fake server, on a CPU")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
