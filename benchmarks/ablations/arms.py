@@ -14,11 +14,12 @@ KEEP = ("rollout.kv_policy=keep", "rollout.max_kv_age=4", "rollout.kv_store.host
 LENGTH = ("rewards.length.schedule=constant", "rewards.length.start_iteration=15")
 LOG_Z = ("algorithm.baseline=log_z",)
 FOUR_STEPS = ("training.epochs=2",)  # an iteration, in two passes of two
-COLD = "rollout.temperature=0.5"
+WATCHED = ("evaluation.every=15",)  # answers held-out questions meanwhile, which disturbs nothing
+COLD = ("rollout.temperature=0.5",)
 DECAY = ("rollout.temperature_decay.end=0.5", "rollout.temperature_decay.iterations=40")
 
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> config and task, overrides
-    "chain_full": ("chain", ()),
+    "chain_full": ("chain", WATCHED),
     "chain_full_slower": ("chain", SLOWER),
     "chain_full_faster": ("chain", FASTER),
     "chain_rest": ("chain", REST),
@@ -32,9 +33,9 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> config and task, ove
     "chain_tau_1": ("chain", ("algorithm.tau=1",)),
     "chain_moments": ("chain", ("training.optimizer.reset=false",)),
     "chain_grpo": ("chain", ("algorithm.name=grpo",)),
-    "chain_curriculum": ("chain", ("sampler.name=curriculum",)),
-    "chain_prioritized": ("chain", ("sampler.name=prioritized",)),
-    "sum": ("sum", ()),
+    "chain_curriculum": ("chain", ("sampler.name=curriculum", *WATCHED)),
+    "chain_prioritized": ("chain", ("sampler.name=prioritized", *WATCHED)),
+    "sum": ("sum", WATCHED),
     "sum_rest": ("sum", REST),
     "sum_rest_slower": ("sum", (*REST, *SLOWER)),
     "sum_length": ("sum", LENGTH),
@@ -48,8 +49,8 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> config and task, ove
     "sum_steps_tau_1": ("sum", (*FOUR_STEPS, "algorithm.tau=1")),
     "sum_moments": ("sum", ("training.optimizer.reset=false",)),
     "sum_grpo": ("sum", ("algorithm.name=grpo",)),
-    "sum_decay": ("sum", DECAY),
-    "sum_cold": ("sum", (COLD,)),
+    "sum_decay": ("sum", (*DECAY, *WATCHED)),
+    "sum_cold": ("sum", (*COLD, *WATCHED)),
 }
 
 
@@ -59,7 +60,7 @@ class Ablation:
     arms: Mapping[str, str]  # what it is called -> its run; the paper's method first, all others are compared with it
     with_length: bool = False
     with_cost: bool = False  # and correctness by quarters: whether the arms part in time
-    comparable_batches: bool = True  # False: arms draw other prompts, or at another temperature; held-out questions compare them
+    comparable_batches: bool = True  # False: arms draw other prompts, or at another temperature; WATCHED ones compare them
 
 
 ABLATIONS = {

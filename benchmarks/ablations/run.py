@@ -47,12 +47,12 @@ class Measured:
     def curve(self, key: str) -> list[float]:
         return [row[key] for row in self.batches]
 
-    def greedy(self, name: str) -> dict[int, float]:
-        """Iterations before it -> share of an evaluation set that is right."""
+    def watched(self, name: str) -> dict[int, float]:
+        """Iterations before it -> share of an evaluation set that is right, sampled at temperature 1."""
         return {int(row["iteration"]): row[key] for row in self.rows if (key := f"eval/{name}/pass@1") in row}
 
     def sampled(self, name: str, what: str = "mean") -> float:
-        """After training."""
+        """After training, at temperature 1."""
         return float(self.outcome["evaluation"][name][what])
 
     @property
@@ -168,7 +168,7 @@ def compared(ablation: Ablation, arms: Mapping[str, Sequence[Measured]]) -> list
     if ablation.comparable_batches:
         quantities = of_batches(ablation, num_batches)
     else:
-        quantities = [quantity for name in SETS if our_runs[0].greedy(name) for quantity in of_set(name)]
+        quantities = [quantity for name in SETS if our_runs[0].watched(name) for quantity in of_set(name)]
     return [
         beside(
             f"{ours}: {q.case}",
@@ -216,12 +216,10 @@ def per_thousand(name: str, count: str) -> Quantity:
 
 
 def of_set(name: str) -> list[Quantity]:
-    """What compares arms whose batches say nothing of each other: fixed questions, all at one temperature."""
-    after = SETS[name]
+    """What compares arms whose batches say nothing of each other: fixed questions, all sampled at temperature 1."""
     return [
-        Quantity(f"{after}, greedy, mean of all evaluations", "share", lambda run: fmean(run.greedy(name).values())),
-        Quantity(f"{after} after training, greedy", "share", lambda run: run.greedy(name)[max(run.greedy(name))]),
-        Quantity(f"{after} after training, sampled at 1", "share", lambda run: run.sampled(name)),
+        Quantity(f"{SETS[name]}, mean of all evaluations", "share", lambda run: fmean(run.watched(name).values())),
+        Quantity(f"{SETS[name]} after training", "share", lambda run: run.sampled(name)),
     ]
 
 
@@ -252,15 +250,15 @@ def drawn(ablation: Ablation, arms: Mapping[str, Sequence[Measured]], seeds: Seq
         panels = [
             Panel(
                 heading,
-                {arm: [list(r.greedy(key).values()) for r in runs] for arm, runs in arms.items()},
+                {arm: [list(r.watched(key).values()) for r in runs] for arm, runs in arms.items()},
                 0.0,
                 1.0,
                 xs=list(points),
             )
             for key, heading in SETS.items()
-            if (points := first.greedy(key))
+            if (points := first.watched(key))
         ]
-        return draw(ablation.title, panels, f"{names}{max(first.greedy('held_out'))} iterations, greedy answers, nothing cut.")
+        return draw(ablation.title, panels, f"{names}{max(first.watched('held_out'))} iterations, nothing cut.")
     length = common_length([run.batches for runs in arms.values() for run in runs])
     panels = [
         Panel(heading, {arm: [run.curve(key)[:length] for run in runs] for arm, runs in arms.items()}, floor, ceiling)

@@ -56,7 +56,7 @@ def main() -> int:
     chains = chains_of_jobs(arguments.seeds, arguments.only or [*RUNS, "long2short"], arguments.set)
     with tempfile.TemporaryDirectory() as hidden:
         for package in HIDDEN:
-            Path(hidden, f"{package}.py").write_text('raise ImportError("hidden from runs on a CPU")\n', encoding="utf-8")
+            Path(hidden, f"{package}.py").write_text('raise ModuleNotFoundError("hidden from runs on a CPU")\n', encoding="utf-8")
         bench = Bench(arguments.seconds, sum(map(len, chains)), environment(hidden))
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(bench.run_chain, chains))
