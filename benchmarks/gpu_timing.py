@@ -6,14 +6,16 @@ which is how it is tried without a GPU.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
-from result_file import Row
+from result_file import FOLDER, Row
 
 T = TypeVar("T")
 CALLS = 5  # of a short kernel a sample, so that what a launch costs the host does not count
@@ -44,6 +46,27 @@ class Clock:
 
     def tell(self, what: str) -> None:
         print(f"[{self.seconds - self.left:5.1f} s] {what}", flush=True)
+
+
+@dataclass(frozen=True)
+class Command:
+    out: Path
+    clock: Clock
+    is_small: bool
+    device: torch.device
+
+    @staticmethod
+    def parse(description: str | None) -> Command:
+        """Of a benchmark whose cases are left out when the time is over; ends the program where it needs a GPU and has none."""
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
+        parser.add_argument("--seconds", type=float, default=100, help="after which no case is started")
+        parser.add_argument("--small", action="store_true", help="toy sizes, on a CPU too")
+        arguments = parser.parse_args()
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        if device.type == "cpu" and not arguments.small:
+            parser.error("no GPU here; --small tries the code on a CPU")
+        return Command(arguments.out, Clock.of(arguments.seconds), arguments.small, device)
 
 
 def attempt(what: str, function: Callable[[], T], failures: dict[str, str]) -> T | None:

@@ -12,7 +12,6 @@ how well the prefill runs; `crossover_picture.py` draws the two curves.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_timing import Clock, attempt, interleave, machine_ceilings, percentiles, show
-from result_file import FOLDER, Row, write_result
+from gpu_timing import Clock, Command, attempt, interleave, machine_ceilings, percentiles, show
+from result_file import Row, write_result
 from torch.nn import functional
 
 from megatron_rl.kernels import kv_pages
@@ -258,19 +257,11 @@ def report(bench: Bench, clock: Clock, ceilings: dict[str, float], failures: dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
-    parser.add_argument("--seconds", type=float, default=100, help="after which no length is started")
-    parser.add_argument("--small", action="store_true", help="toy sizes, on a CPU too")
-    arguments = parser.parse_args()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu" and not arguments.small:
-        parser.error("no GPU here; --small tries the code on a CPU")
-    clock, failures = Clock.of(arguments.seconds), dict[str, str]()
-    shape = SMALL if arguments.small else FULL
-    ceilings = machine_ceilings(device, 1 << (20 if arguments.small else 30), shape.gemm, budget_s=3)
-    bench = make(shape, device, failures)
-    report(bench, clock, ceilings, failures, arguments.out)
+    command, failures = Command.parse(__doc__), dict[str, str]()
+    shape = SMALL if command.is_small else FULL
+    ceilings = machine_ceilings(command.device, 1 << (20 if command.is_small else 30), shape.gemm, budget_s=3)
+    bench = make(shape, command.device, failures)
+    report(bench, command.clock, ceilings, failures, command.out)
     for what, reason in failures.items():
         print(f"MISSING {what}: {reason}")
 

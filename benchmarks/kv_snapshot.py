@@ -12,7 +12,6 @@ are written after every case, so a run that is cut short keeps what it had.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_timing import CALLS, Clock, attempt, interleave, machine_ceilings, rate_row, seconds_of, show
+from gpu_timing import CALLS, Clock, Command, attempt, interleave, machine_ceilings, rate_row, seconds_of, show
 from kv_peers import Peer, index_select, memcpy_batch, sglang_transfer
-from result_file import FOLDER, Row, write_result
+from result_file import Row, write_result
 
 from megatron_rl.kernels import kv_pages, kv_pages_reference
 from megatron_rl.kernels.kv_pages import PagedPool, Scheme, slot_bytes_of
@@ -331,21 +330,13 @@ def run(bench: Bench) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
-    parser.add_argument("--seconds", type=float, default=100, help="after which no case is started")
-    parser.add_argument("--small", action="store_true", help="toy sizes, on a CPU too")
-    arguments = parser.parse_args()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu" and not arguments.small:
-        parser.error("no GPU here; --small tries the code on a CPU")
-    clock = Clock.of(arguments.seconds)
-    sizes = SMALL if arguments.small else FULL
-    bench = Bench.make(sizes, device, arguments.out, clock)
-    bench.ceilings = machine_ceilings(device, 1 << (20 if arguments.small else 30), sizes.gemm, budget_s=4)
+    command = Command.parse(__doc__)
+    clock = command.clock
+    bench = Bench.make(SMALL if command.is_small else FULL, command.device, command.out, clock)
+    bench.ceilings = machine_ceilings(command.device, 1 << (20 if command.is_small else 30), bench.sizes.gemm, budget_s=4)
     run(bench)
-    taken = arguments.seconds - clock.left
-    print(f"{len(bench.rows)} rows, {len(bench.failures)} missing, {taken:.0f} s; {arguments.out}/kv_snapshot.json")
+    taken = clock.seconds - clock.left
+    print(f"{len(bench.rows)} rows, {len(bench.failures)} missing, {taken:.0f} s; {command.out}/kv_snapshot.json")
 
 
 if __name__ == "__main__":

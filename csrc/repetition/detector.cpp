@@ -5,7 +5,14 @@
 namespace megatron_rl::repetition {
 namespace {
 
-constexpr std::size_t kRoom = 8192;  // tokens between two moves of the recent ones to the front
+constexpr std::size_t kRoom = 2048;  // tokens between two moves of the recent ones to the front
+
+// Of a hash: eight chains for each token looked back at, so that few tokens share one.
+uint32_t hash_bits(std::size_t num_lanes) {
+    uint32_t bits = 1;
+    while (bits < 31 && (std::size_t{1} << bits) < 8 * num_lanes) ++bits;
+    return bits;
+}
 
 // One plain loop that compilers turn into vector code: SSE2 or NEON everywhere; where the compiler can keep two versions and
 // the loader pick one, AVX2 as well.
@@ -31,7 +38,10 @@ Detector::Detector(int32_t max_period, int32_t min_repeats, int32_t min_tokens)
       needed_(num_lanes_),
       runs_(num_lanes_, 0),
       recent_(num_lanes_ + kRoom, 0),
-      next_(num_lanes_) {
+      next_(num_lanes_),
+      older_(num_lanes_ + kRoom, 0),
+      chains_(std::size_t{1} << hash_bits(num_lanes_)),
+      hash_shift_(32 - hash_bits(num_lanes_)) {
     for (std::size_t lane = 0; lane < num_lanes_; ++lane) {
         const auto period = static_cast<int64_t>(num_lanes_ - lane);
         const int64_t repeats = std::max<int64_t>(min_repeats, (min_tokens + period - 1) / period);
@@ -42,12 +52,48 @@ Detector::Detector(int32_t max_period, int32_t min_repeats, int32_t min_tokens)
 
 bool Detector::push(int32_t token) {
     if (next_ == recent_.size()) make_room();
-    const std::size_t unknown = num_lanes_ - num_known_;  // these lanes would look before the first token
-    const bool fires = extend(recent_.data() + next_ - num_known_, token, needed_.data() + unknown, runs_.data() + unknown,
-                              num_known_);
-    recent_[next_++] = token;
-    num_known_ = std::min(num_known_ + 1, num_lanes_);
+    Chain& chain = chain_of(token);
+    bool fires = false;
+    if (chain.length > kFew) fires = extend_all(token);
+    else if (chain.length > 0 || num_running_ > 0 || all_running_) fires = extend_few(token, chain);
+    recent_[next_] = token;
+    older_[next_] = chain.newest;
+    chain.newest = place_++;
+    ++chain.length;
+    if (num_known_ < num_lanes_) ++num_known_;
+    else --chain_of(recent_[next_ - num_lanes_]).length;  // too long ago from here on
+    ++next_;
     return fires;
+}
+
+bool Detector::extend_few(int32_t token, const Chain& chain) {
+    std::size_t lanes[kFew], num_found = 0;
+    int32_t runs[kFew];
+    for (uint32_t i = 0, place = chain.newest; i < chain.length; ++i) {
+        const uint32_t period = place_ - place;
+        place = older_[next_ - period];
+        if (recent_[next_ - period] != token) continue;
+        const std::size_t lane = num_lanes_ - period;
+        lanes[num_found] = lane;
+        runs[num_found++] = runs_[lane] + 1;
+    }
+    if (all_running_) std::fill(runs_.begin(), runs_.end(), 0);
+    else for (std::size_t i = 0; i < num_running_; ++i) runs_[running_[i]] = 0;
+    bool fires = false;
+    for (std::size_t i = 0; i < num_found; ++i) {
+        runs_[lanes[i]] = runs[i];
+        running_[i] = lanes[i];
+        fires |= runs[i] >= needed_[lanes[i]];
+    }
+    num_running_ = num_found;
+    all_running_ = false;
+    return fires;
+}
+
+bool Detector::extend_all(int32_t token) {
+    all_running_ = true;
+    const std::size_t unknown = num_lanes_ - num_known_;  // these lanes would look before the first token
+    return extend(recent_.data() + next_ - num_known_, token, needed_.data() + unknown, runs_.data() + unknown, num_known_);
 }
 
 std::optional<std::size_t> Detector::push_many(const int32_t* tokens, std::size_t num_tokens) {
@@ -58,6 +104,7 @@ std::optional<std::size_t> Detector::push_many(const int32_t* tokens, std::size_
 
 void Detector::make_room() {
     std::copy(recent_.end() - static_cast<std::ptrdiff_t>(num_lanes_), recent_.end(), recent_.begin());
+    std::copy(older_.end() - static_cast<std::ptrdiff_t>(num_lanes_), older_.end(), older_.begin());
     next_ = num_lanes_;
     // A run longer than needed says nothing more than one just long enough, and this one cannot overflow.
     for (std::size_t lane = 0; lane < num_lanes_; ++lane) runs_[lane] = std::min(runs_[lane], needed_[lane]);

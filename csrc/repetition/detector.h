@@ -11,6 +11,9 @@ namespace megatron_rl::repetition {
 // Fires where, for some p in 1..max_period and some r >= min_repeats with p * r >= min_tokens, the last p * r tokens are r
 // copies of one block of length p. The last n tokens repeat with period p exactly where each of the last n - p equals the
 // token p before it, so one run length a period decides it. Not thread-safe: one detector a trajectory.
+//
+// Only periods at which the newest token occurred before have a run. A table of chains says where it did among the last
+// max_period tokens: nowhere costs nothing more, a few places a step each, many one pass of vector code over all periods.
 class Detector {
 public:
     // The caller has checked that max_period >= 1, min_repeats >= 2, min_tokens >= 1, and that no run needed overflows int32.
@@ -26,6 +29,17 @@ public:
     int64_t window() const { return window_; }
 
 private:
+    static constexpr uint32_t kFew = 12;  // places from which on the vector code is faster
+
+    // Tokens of one hash share a chain, so each place on it is compared.
+    struct Chain {
+        uint32_t newest = 0;  // place of its last token in the stream, modulo 2**32; only differences below max_period count
+        uint32_t length = 0;  // how many of the last num_lanes_ tokens are on it
+    };
+
+    Chain& chain_of(int32_t token) { return chains_[static_cast<uint32_t>(token) * 0x9e3779b1u >> hash_shift_]; }
+    bool extend_few(int32_t token, const Chain& chain);
+    bool extend_all(int32_t token);
     void make_room();
 
     // Lane i stands for period max_period - i, so that the tokens to compare with lie in the order of their lanes.
@@ -36,6 +50,14 @@ private:
     std::vector<int32_t> recent_;  // the last num_lanes_ tokens end at next_
     std::size_t next_;
     std::size_t num_known_ = 0;  // tokens in recent_, at most num_lanes_
+
+    uint32_t place_ = 0;           // of the next token in the stream
+    std::vector<uint32_t> older_;  // as recent_: the place before this one on its chain
+    std::vector<Chain> chains_;
+    uint32_t hash_shift_;
+    std::size_t running_[kFew];  // the lanes that may have a run, unless all may
+    std::size_t num_running_ = 0;
+    bool all_running_ = false;
 };
 
 }  // namespace megatron_rl::repetition

@@ -18,7 +18,8 @@ class RepetitionDetector(state.RepetitionDetector):
 
     `push(token)` says whether the tokens so far end in a repetition. `push_many(token_ids)`, int32 [tokens], pushes until it
     fires and returns the index of that token, or None. `window`: the tokens that decide whether it fires; a new detector given
-    the last `window` ones goes on like this one. A push costs max_period steps of vector code, whatever the tokens."""
+    the last `window` ones goes on like this one. A push costs a few steps for each of the last max_period tokens that equals
+    the new one, at most one pass of vector code over all periods."""
 
     def __init__(self, max_period: int, min_repeats: int, min_tokens: int = 64) -> None:
         """Raises ConfigError for limits without a meaning."""

@@ -40,11 +40,18 @@ def test_fires_exactly_where_the_definition_holds(tokens, max_period, min_repeat
 
 
 @settings(max_examples=20, deadline=None)
-@given(responses(), st.integers(500, 1000), st.sampled_from([1, 3, 64, 512]), st.integers(2, 5))
-def test_agrees_with_the_plain_detector_on_long_streams(block, num_blocks, max_period, min_repeats):
-    """Long enough that the recent tokens are moved to the front of their array."""
+@given(responses(), st.integers(500, 1000), st.sampled_from([1, 3, 64, 512]), st.integers(2, 5), st.integers(0, 2**32 - 1))
+def test_agrees_with_the_plain_detector_on_long_streams(block, num_blocks, max_period, min_repeats, seed):
+    """Long enough that the recent tokens are moved to the front of their array; of tokens that occur often, seldom and once, so
+    that runs are found and ended each way."""
+    rng = np.random.default_rng(seed)
     tokens = np.tile(np.array(block, np.int32), num_blocks)[:20_000]
     tokens[:: 7 * max_period] = 9  # an error now and then: runs end and begin again
+    for start in range(0, len(tokens), 2_000):
+        num_tokens = len(stretch := tokens[start : start + rng.integers(1_000)])
+        num_different = rng.integers(1, max_period + 1)
+        once, seldom = rng.integers(-(2**31), 2**31, num_tokens), np.arange(num_tokens) % num_different
+        stretch[:] = once if rng.integers(2) else seldom
     detector, plain = RepetitionDetector(max_period, min_repeats), PlainDetector(max_period, min_repeats)
     assert detector.window == plain.window
     expected = [i for i, token in enumerate(tokens.tolist()) if plain.push(token)]
