@@ -81,3 +81,11 @@ def test_killed_run_ends_like_an_undisturbed_one(
     assert result["weights"].keys() == undisturbed["weights"].keys()
     for name, tensor in result["weights"].items():
         np.testing.assert_array_equal(tensor, undisturbed["weights"][name], err_msg=name)
+
+
+def test_what_is_trained_again_is_not_trained_beside_other_conversations(zygote: Zygote, config: Path) -> None:
+    folder, other = config.parent / "ptx", config.parent / "other.jsonl"
+    other.write_text((config.parent / "given.jsonl").read_text().replace("yz", "zy"))
+    assert zygote.run(config, folder, 3, kill="after_optimizer_step") == -9, folder.with_suffix(".log").read_text()
+    assert zygote.run(config, folder, 3, f"algorithm.ptx.path={other}") == 1
+    assert f"algorithm.ptx.path={other}, tokens=8: gives other conversations" in folder.with_suffix(".log").read_text()
