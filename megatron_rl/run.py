@@ -105,12 +105,7 @@ def open_run(config: Config) -> Iterator[Run]:
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
         runner = stack.enter_context(asyncio.Runner())
-        master, identity = None, ""
-        if ranks.rank == 0:
-            master = Master(config, model, open_folder(config), runner)
-            checkpoint.remove_leftovers(config.run.folder)
-            stack.callback(master.close)
-            identity = master.begin_lineage(checkpoint.latest_iteration(config.run.folder))
+        master, identity = parallel.on_rank_0(partial(_open_master, config, model, runner, stack)) or (None, "")
         trainer = Trainer(config, model)
         serving = _open_serving(config, model, ranks, runner, trainer, identity)
         stack.callback(serving.close)
@@ -123,6 +118,14 @@ def open_run(config: Config) -> Iterator[Run]:
         if master:
             master.start(serving.engines, iteration=run.iteration, state=state)
         yield run
+
+
+def _open_master(config: Config, model: ModelConfig, runner: asyncio.Runner, stack: ExitStack) -> tuple[Master, str]:
+    """And what kept KV is bound to."""
+    master = Master(config, model, open_folder(config), runner)
+    stack.callback(master.close)
+    checkpoint.remove_leftovers(config.run.folder)
+    return master, master.begin_lineage(checkpoint.latest_iteration(config.run.folder))
 
 
 def _open_serving(
