@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.answering import answer, in_order
+from megatron_rl.answering import answer, in_order, sampling_at
 from megatron_rl.config import Config, dump
 from megatron_rl.data import curation
 from megatron_rl.data.curation import Verdict
@@ -29,7 +29,7 @@ from megatron_rl.errors import DataError
 from megatron_rl.folder_engines import folder_engines
 from megatron_rl.resumable import bind_settings, read_log
 from megatron_rl.rewards.scorer import Scorer
-from megatron_rl.rollout.engines.base import Engine, Sampling
+from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.run_folder import write_atomically
 from megatron_rl.types import Prompt
 
@@ -127,14 +127,13 @@ class _Judge:
         return Decision(prompt.id, verdict, f"pass rate {rate:g}, kept are {rules.lowest:g} to {rules.highest:g}", rate)
 
     async def _num_correct(self, i: int, prompt: Prompt, samples: int, max_tokens: int, *, first_sample: int) -> int:
-        seed, stop = self.config.run.seed, self.tokenizer.stop_token_ids
         (responses,) = await answer(
             [self.engines[i % len(self.engines)]],
             self.tokenizer,
             self.scorer,
             [prompt],
             samples=samples,
-            sampling=Sampling(self.rules.temperature, seed=seed, stop_token_ids=stop),
+            sampling=sampling_at(self.config, self.tokenizer, self.rules.temperature),
             max_tokens=max_tokens,
             first_id=i * (self.rules.samples + self.rules.tries) + first_sample,
         )

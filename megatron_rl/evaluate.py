@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rl.answering import Response, answer
+from megatron_rl.answering import Response, answer, sampling_at
 from megatron_rl.config import Config, RewardsConfig
 from megatron_rl.data.evaluation_sets import load_set
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.folder_engines import folder_engines
 from megatron_rl.rewards.scorer import Scorer
-from megatron_rl.rollout.engines.base import Engine, Sampling
+from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.statistics import bootstrap_interval, final_answer, majority_is_correct, pass_at_k
 
 
@@ -58,7 +58,7 @@ def evaluate(config: Config, model_folder: Path, *, split: str = "held_out", gre
     tokenizer = ChatTokenizer.from_folder(model_folder)
     questions = load_set(split, config, tokenizer)
     temperature = 0.0 if greedy else config.rollout.temperature
-    sampling = Sampling(temperature=temperature, seed=config.run.seed, stop_token_ids=tokenizer.stop_token_ids)
+    sampling = sampling_at(config, tokenizer, temperature)
 
     async def respond(engines: Sequence[Engine]) -> list[list[Response]]:
         scorer = Scorer(questions.rewards, config.rollout.repetition.penalty)
