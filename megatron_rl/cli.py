@@ -104,7 +104,9 @@ def evaluate(
         str | None, typer.Option("--set", help="instead of a split: a ready-made set, or a JSONL file with answers")
     ] = None,
     list_sets: Annotated[bool, typer.Option("--list", help="name the ready-made sets, and do nothing else")] = False,
-    sampled: Annotated[bool, typer.Option("--sampled", help="sample at rollout.temperature instead of greedily")] = False,
+    sampled: Annotated[
+        bool, typer.Option("--sampled", help="sample as rollout.temperature, top_p, top_k and min_p say; else greedily")
+    ] = False,
     samples: Annotated[int, typer.Option(min=1, help="responses for each prompt")] = 1,
     record: Annotated[
         Moment | None, typer.Option(help="also put the result into the run's evaluation.json, which its report shows")
@@ -147,7 +149,9 @@ def curate(
     overrides: OverridesArgument = None,
     model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
     samples: Annotated[int, typer.Option(min=1, help="responses that make a pass rate (paper 2.1)")] = 10,
-    temperature: Annotated[float, typer.Option(min=0.01, help="their sampling temperature")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.01, help="their sampling temperature; the config's top_p, top_k and min_p hold too")
+    ] = 1.0,
     tries: Annotated[int, typer.Option(min=1, help="answers without reasoning, none of which may be right (paper 2.1)")] = 8,
     lowest: Annotated[float, typer.Option(min=0, max=1, help="least pass rate kept")] = 0.0,
     highest: Annotated[float, typer.Option(min=0, max=1, help="largest pass rate kept")] = 0.9,
@@ -231,10 +235,9 @@ def rl(
     ] = None,
 ) -> None:
     """Second RL phase: train as CONFIG says, with the length reward and much shorter responses, from a trained model."""
-    from megatron_rl.long2short.rl import overlay
+    from megatron_rl.long2short.rl import second_phase
 
-    changes = overlay(configuration.load(config), out, model=model, max_tokens=max_tokens)
-    train(config, [*changes, *(overrides or [])])
+    train(config, second_phase(config, overrides or [], out, model=model, max_tokens=max_tokens))
 
 
 @long2short.command()
