@@ -117,6 +117,8 @@ def evaluate(
     if list_sets:
         _wide_console().print(sets_table())
         return
+    if samples > 1 and not sampled:
+        raise ConfigError(f"--samples {samples}: greedy responses to one prompt are all the same; add --sampled, or leave it out")
     is_bare = config is not None and config.is_dir()
     if config is None or (is_bare and not questions):
         raise ConfigError("eval: give a CONFIG, or a MODEL folder with --set; --list names the ready-made sets")

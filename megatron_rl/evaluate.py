@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_rl.answering import Response, answer, sampling_at
 from megatron_rl.config import Config, RewardsConfig
-from megatron_rl.data.evaluation_sets import load_set
+from megatron_rl.data.evaluation_sets import check_room, load_set
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.folder_engines import folder_engines
 from megatron_rl.rewards.scorer import Scorer
@@ -54,9 +54,11 @@ class Evaluation:
 def evaluate(config: Config, model_folder: Path, *, split: str = "held_out", greedy: bool = True, samples: int = 1) -> dict:
     """Answer every prompt of `split` (a name as in `load_set`) `samples` times; returns the fields of Evaluation.
 
-    Raises DataError when the set is empty or a prompt has no answer, RewardError when a response could not be scored."""
+    Raises DataError when the set is empty, or a prompt has no answer or no room in the model's context; RewardError when a
+    response could not be scored."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
     questions = load_set(split, config, tokenizer)
+    check_room(questions.prompts, split, model_folder)
     temperature = 0.0 if greedy else config.rollout.temperature
     sampling = sampling_at(config, tokenizer, temperature)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -22,12 +21,13 @@ from typing import Any, Literal
 
 from megatron_rl.answering import Response, answer, sampling_at
 from megatron_rl.config import Config
+from megatron_rl.data.evaluation_sets import check_answers, check_room
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
 from megatron_rl.folder_engines import folder_engines
 from megatron_rl.long2short.selection import preference_pairs
-from megatron_rl.resumable import bind_settings, read_log
+from megatron_rl.resumable import bind_settings, digest, read_log
 from megatron_rl.rewards.scorer import Scorer
 from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.run_folder import write_atomically
@@ -72,9 +72,12 @@ def select(responses: Sequence[Response], rules: Rules) -> tuple[list[Response],
 
 
 def write_data(config: Config, model_folder: Path, out: Path, rules: Rules) -> dict[str, Any]:
-    """Sample, score, select; returns the report. Raises DataError when no response is kept: the file would be empty."""
+    """Sample, score, select; returns the report. Raises DataError for prompts that cannot be answered or judged, and when no
+    response is kept: the file would be empty."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
     prompts = load_prompts(config.data, tokenizer).train
+    check_answers(prompts, "train", [term.name for term in config.rewards.terms])
+    check_room(prompts, "train", model_folder)
     out.mkdir(parents=True, exist_ok=True)
     _check_settings(out, config, model_folder, rules.samples, prompts)
     log_file = out / "answers.jsonl"
@@ -119,8 +122,7 @@ def _check_settings(out: Path, config: Config, model_folder: Path, samples: int,
     sections = ("model", "data", "rollout", "rewards")
     settings: dict[str, Any] = config.model_dump(mode="json", include=set(sections))
     settings |= {"seed": config.run.seed, "model_folder": str(model_folder), "samples": samples}
-    settings["prompts"] = hashlib.sha256("\n".join(prompt.id for prompt in prompts).encode()).hexdigest()
-    text = json.dumps(settings, indent=2, sort_keys=True)
+    text = json.dumps(settings | {"prompts": digest(prompts)}, indent=2, sort_keys=True)
     bind_settings(out, text, conflict="holds answers sampled with other settings or prompts")
 
 

@@ -116,6 +116,7 @@ def test_the_module_form_is_the_same_command():
         (["train", "CONFIG", "rollout.groupsize=4"], "rollout.groupsize: no such setting; the nearest is rollout.group_size"),
         (["train", "CONFIG", "rollout.group_size=1"], "rollout.group_size=1: a group baseline needs at least 2"),
         (["eval"], "eval: give a CONFIG, or a MODEL folder with --set; --list names the ready-made sets"),
+        (["eval", "CONFIG", "--samples", "4"], "--samples 4: greedy responses to one prompt are all the same; add --sampled"),
         (["eval", "."], "eval: give a CONFIG, or a MODEL folder with --set"),
         (["eval", ".", "--set", "gcd", "--record", "after"], "--record: a MODEL folder is no run"),
         (["long2short", "plot", "."], "plot: . is a model folder; say with --set what to evaluate it on"),
