@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_rl import config as configuration
-from megatron_rl import folder_engines, rejection
+from megatron_rl import curate, folder_engines, rejection
 from megatron_rl.answering import Response
 from megatron_rl.data.conversations import read_conversations, read_pairs
 from megatron_rl.data.tokenizer import ChatTokenizer
@@ -95,6 +95,8 @@ def test_an_sglang_server_is_started_with_the_folder_and_answers_as_well(config,
     served = configuration.load(recipe, settings)
     report = write_data(served, config.model.folder, tmp_path / "out", Rules(samples=4))
     assert report["responses"] == 40 and report["kept"] > 0
+    counts = curate.curate(served, config.model.folder, tmp_path / "curated", curate.Rules(samples=2, tries=1, highest=1))
+    assert sum(counts.values()) == 10
     given = configuration.load(recipe, [*settings, "rollout.sglang.urls=[http://127.0.0.1:1]"])
     with pytest.raises(ConfigError, match="may hold other weights than .*model; leave the setting out"):
         write_data(given, config.model.folder, tmp_path / "given", Rules(samples=2))

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from megatron_rl import config as configuration
+from megatron_rl.config import SamplerConfig
 from megatron_rl.curate import Rules, curate
 from megatron_rl.data import curation
 from megatron_rl.data.curation import Verdict
 from megatron_rl.data.jsonl import read_jsonl
+from megatron_rl.data.samplers import make_sampler
+from megatron_rl.data.sources import load_prompts
+from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
 from megatron_rl.types import Message, Prompt
 from tests.resume.recipe import write_recipe
@@ -68,6 +72,11 @@ def test_an_interrupted_curation_goes_on_to_the_same_end(config, tmp_path):
     decided = [json.loads(line)["curation"] for line in (tmp_path / "whole" / "kept.jsonl").read_text().splitlines()]
     assert all(d["verdict"] == "kept" and d["reason"].startswith("pass rate") for d in decided)
     assert len(kept) == counts["kept"] and all(r.difficulty in (0, 0.25, 0.5, 0.75) for r in kept)
+    plain = config.data.model_copy(update={"path": tmp_path / "whole" / "kept.jsonl"})
+    prompts = load_prompts(plain, ChatTokenizer.from_folder(config.model.folder)).train
+    weights = np.array([1 - r.difficulty for r in kept])
+    sampler = make_sampler(SamplerConfig(name="prioritized"), prompts, 0)
+    np.testing.assert_allclose(sampler.probabilities(), weights / weights.sum())  # begins at what was measured
     dropped = [json.loads(line) for line in (tmp_path / "whole" / "dropped.jsonl").read_text().splitlines()]
     assert len(dropped) == 38 - counts["kept"] and all(line["curation"]["reason"] for line in dropped)
 
