@@ -236,7 +236,10 @@ def rl(
         int | None, typer.Option(min=1, help="longest response; default half of rollout.max_response_tokens")
     ] = None,
 ) -> None:
-    """Second RL phase: train as CONFIG says, with the length reward and much shorter responses, from a trained model."""
+    """Second RL phase: train as CONFIG says, with the length reward and much shorter responses, from a trained model.
+
+    Overrides that the first phase was trained with are given again; those of response length, token budget, temperature, buffer
+    and length reward are the second phase's own."""
     from megatron_rl.long2short.rl import second_phase
 
     train(config, second_phase(config, overrides or [], out, model=model, max_tokens=max_tokens))
