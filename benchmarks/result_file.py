@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,20 +43,17 @@ def write_result(
     packages: Sequence[str],
     curves: Mapping[str, Sequence[float]] | None = None,
     device: torch.device | None = None,
+    measured_on: Mapping[str, Any] | None = None,
     folder: Path = FOLDER,
 ) -> Path:
-    """`curves`: what rows sum up, one list a run, e.g. correctness of every iteration. `device`: a GPU, if one was measured."""
+    """`curves`: what rows sum up, one list a run, e.g. correctness of every iteration. `device`: a GPU, if one was measured.
+    `measured_on`: `machine()` of the processes that measured, where this one only writes down what they found."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=10
     )
     content = {
         "name": name,
-        "device": device_name(device),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-            **gpu_versions(device),
-        },
+        **(measured_on or machine(packages, device)),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit.stdout.strip() or None,
         "command": " ".join(["python", *sys.argv]),
@@ -67,6 +65,12 @@ def write_result(
     path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def machine(packages: Sequence[str], device: torch.device | None = None) -> dict[str, Any]:
+    """What this process measures on: `device` and `versions` of a result."""
+    versions = {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    return {"device": device_name(device), "versions": {**versions, **gpu_versions(device)}}
 
 
 def device_name(device: torch.device | None) -> str:

@@ -21,12 +21,13 @@ from gpu_timing import note_missing, synchronize
 from megatron_rl import config as configuration
 from megatron_rl.config import Config
 from megatron_rl.model_config import ModelConfig
-from megatron_rl.rollout.engines.sglang import Serialize, SGLangEngine
+from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_compat import cuda_ipc_serializer
 from megatron_rl.rollout.engines.sglang_http import SGLangClient
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, sglang_program
 from megatron_rl.training import parallel
 from megatron_rl.training.model import PolicyModel
+from megatron_rl.weights.handles import Serialize
 from megatron_rl.weights.transport import FlatBucket
 
 T = TypeVar("T")

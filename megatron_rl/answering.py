@@ -65,7 +65,8 @@ async def answer(
     max_tokens: int,
     first_id: int = 0,
 ) -> list[list[Response]]:
-    """`samples` responses to each prompt, in order. Prompts are dealt out to the engines in turn.
+    """`samples` responses to each prompt, in order. Prompts are dealt out to the engines in turn; what they begin with in
+    common, a system message and worked turns, is computed once on each.
 
     Request ids are first_id + (prompt index) * samples + j. Raises EngineError for an engine that fails, RewardError when a
     response cannot be scored. Cancelled, it leaves no request running."""
@@ -75,7 +76,7 @@ async def answer(
         ids = [(i, first_id + i * samples + j) for i in mine for j in range(samples)]
         parts: dict[int, list[np.ndarray]] = {request_id: [] for _, request_id in ids}
         requests = [
-            Request(request_id, prompts[i].token_ids, max_tokens, sampling, engine.weight_version, f"{first_id}-{prompts[i].id}")
+            Request(request_id, prompts[i].token_ids, max_tokens, sampling, engine.weight_version, kv_key=f"answers {first_id}")
             for i, request_id in ids
         ]
         async for chunk in engine.generate(requests):

@@ -104,16 +104,15 @@ def evaluate(
         str | None, typer.Option("--set", help="instead of a split: a ready-made set, or a JSONL file with answers")
     ] = None,
     list_sets: Annotated[bool, typer.Option("--list", help="name the ready-made sets, and do nothing else")] = False,
-    sampled: Annotated[
-        bool, typer.Option("--sampled", help="sample as rollout.temperature, top_p, top_k and min_p say; else greedily")
-    ] = False,
-    samples: Annotated[int, typer.Option(min=1, help="responses for each prompt")] = 1,
+    greedy: Annotated[bool, typer.Option("--greedy", help="the likeliest token each time; default without --sampled")] = False,
+    sampled: Annotated[bool, typer.Option("--sampled", help="sample as `rollout` says; with --greedy, after it")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="sampled responses for each prompt")] = 1,
     record: Annotated[
         Moment | None, typer.Option(help="also put the result into the run's evaluation.json, which its report shows")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="also write the result as a page")] = None,
 ) -> None:
-    """Score a model on the prompts that training never draws, or on a set: a table on stderr, one JSON object on stdout."""
+    """Score a model on the prompts that training never draws, or on a set: a table on stderr, a JSON object on stdout."""
     if list_sets:
         _wide_console().print(sets_table())
         return
@@ -122,26 +121,28 @@ def evaluate(
     is_bare = config is not None and config.is_dir()
     if config is None or (is_bare and not questions):
         raise ConfigError("eval: give a CONFIG, or a MODEL folder with --set; --list names the ready-made sets")
+    if html and greedy and sampled:
+        raise ConfigError("--html: a page shows one evaluation; leave out --greedy or --sampled")
     if is_bare and record:
         raise ConfigError("--record: a MODEL folder is no run; give the run's CONFIG, and the folder as --model")
     settings = configuration.load_bare(config, overrides) if is_bare else configuration.load(config, overrides)
     _start_logging()
-    from megatron_rl.evaluate import evaluate as score
+    from megatron_rl.evaluate import Way, evaluate_ways
 
-    name = questions or split.value
-    result = score(settings, model or settings.model.folder, split=name, greedy=not sampled, samples=samples)
-    Console(stderr=True).print(scores_table(result))
-    typer.echo(json.dumps(result, indent=2))
-    if html:
-        from megatron_rl.report.evaluation import evaluation_page
-        from megatron_rl.run_folder import write_atomically
+    ways = [*([Way(True)] if greedy or not sampled else []), *([Way(False, samples)] if sampled else [])]
+    for result in evaluate_ways(settings, model or settings.model.folder, ways, split=questions or split.value):
+        Console(stderr=True).print(scores_table(result))
+        typer.echo(json.dumps(result, indent=2))
+        if html:
+            from megatron_rl.report.evaluation import evaluation_page
+            from megatron_rl.run_folder import write_atomically
 
-        write_atomically(html, evaluation_page(result))
-    if record:
-        from megatron_rl.report.evaluation import record_evaluation
+            write_atomically(html, evaluation_page(result))
+        if record:
+            from megatron_rl.report.evaluation import record_evaluation
 
-        settings.run.folder.mkdir(parents=True, exist_ok=True)
-        record_evaluation(settings.run.folder, record.value, result)
+            settings.run.folder.mkdir(parents=True, exist_ok=True)
+            record_evaluation(settings.run.folder, record.value, result)
 
 
 @app.command()
@@ -238,8 +239,7 @@ def rl(
 ) -> None:
     """Second RL phase: train as CONFIG says, with the length reward and much shorter responses, from a trained model.
 
-    Overrides that the first phase was trained with are given again; those of response length, token budget, temperature, buffer
-    and length reward are the second phase's own."""
+    Give the first phase's OVERRIDES again; of lengths, temperature, buffer and length reward they are the second's own."""
     from megatron_rl.long2short.rl import second_phase
 
     train(config, second_phase(config, overrides or [], out, model=model, max_tokens=max_tokens))

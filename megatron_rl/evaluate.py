@@ -51,40 +51,63 @@ class Evaluation:
     scores: tuple[Score, ...]  # pass@1, 2, 4, ... and maj@samples
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a set is answered."""
+
+    greedy: bool
+    samples: int = 1  # responses to each prompt
+
+
 def evaluate(config: Config, model_folder: Path, *, split: str = "held_out", greedy: bool = True, samples: int = 1) -> dict:
     """Answer every prompt of `split` (a name as in `load_set`) `samples` times; returns the fields of Evaluation.
 
     Raises DataError when the set is empty, or a prompt has no answer or no room in the model's context; RewardError when a
     response could not be scored."""
+    return evaluate_ways(config, model_folder, [Way(greedy, samples)], split=split)[0]
+
+
+def evaluate_ways(config: Config, model_folder: Path, ways: Sequence[Way], *, split: str) -> list[dict]:
+    """`evaluate` in several ways, one after the other on engines that are started once."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
     questions = load_set(split, config, tokenizer)
     check_room(questions.prompts, split, model_folder)
-    temperature = 0.0 if greedy else config.rollout.temperature
-    sampling = sampling_at(config, tokenizer, temperature)
+    limit, seed = config.rollout.max_response_tokens, config.run.seed
 
-    async def respond(engines: Sequence[Engine]) -> list[list[Response]]:
+    async def respond(engines: Sequence[Engine]) -> list[list[list[Response]]]:
         scorer = Scorer(questions.rewards, config.rollout.repetition.penalty)
-        try:
-            limit = config.rollout.max_response_tokens
+
+        async def one_way(way: Way) -> list[list[Response]]:
+            sampling = sampling_at(config, tokenizer, _temperature(config, way))
             return await answer(
-                engines, tokenizer, scorer, questions.prompts, samples=samples, sampling=sampling, max_tokens=limit
+                engines, tokenizer, scorer, questions.prompts, samples=way.samples, sampling=sampling, max_tokens=limit
             )
+
+        try:
+            return [await one_way(way) for way in ways]
         finally:
             await scorer.close()
 
     with asyncio.Runner() as runner, folder_engines(config, model_folder, runner, name="evaluation") as engines:
-        responses = runner.run(respond(engines))
-    return asdict(
-        summary(
-            responses,
-            seed=config.run.seed,
-            prefix=answer_prefix(questions.rewards),
-            model=str(model_folder),
-            split=questions.name,
-            greedy=greedy,
-            temperature=temperature,
+        found = runner.run(respond(engines))
+    return [
+        asdict(
+            summary(
+                responses,
+                seed=seed,
+                prefix=answer_prefix(questions.rewards),
+                model=str(model_folder),
+                split=questions.name,
+                greedy=way.greedy,
+                temperature=_temperature(config, way),
+            )
         )
-    )
+        for way, responses in zip(ways, found, strict=True)
+    ]
+
+
+def _temperature(config: Config, way: Way) -> float:
+    return 0.0 if way.greedy else config.rollout.temperature
 
 
 def summary(

@@ -1,7 +1,8 @@
 """The SGLang servers of a run: rank 0 starts or finds them, and is the only one that speaks to them.
 
-Every rank takes part in a publish, since gathering the weights is collective; only rank 0 delivers the buckets, to all servers
-at once. With `rollout.sglang.memory_saver` servers and trainer take turns on the GPU (paper 2.6.3), in this order:
+Every rank takes part in a publish: gathering the weights is collective, and each rank of a server reads the memory of the
+trainer's rank on its own GPU (`weights/handles.py`); only rank 0 delivers the buckets, to all servers at once. With
+`rollout.sglang.memory_saver` servers and trainer take turns on the GPU (paper 2.6.3), in this order:
 
     release kv_cache and weights -> onload the trainer -> train -> offload gradients and main weights
         -> resume weights -> deliver -> offload parameters -> resume kv_cache
@@ -20,19 +21,19 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_rl.config import Config
 from megatron_rl.errors import EngineGoneError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.engines.base import Engine
-from megatron_rl.rollout.engines.sglang import Serialize, SGLangEngine, load_weights
+from megatron_rl.rollout.engines.sglang import SGLangEngine, load_weights
 from megatron_rl.rollout.engines.sglang_compat import cuda_ipc_serializer
 from megatron_rl.rollout.engines.sglang_kv import KeepOnServer
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, sglang_program
 from megatron_rl.rollout.engines.sglang_supervisor import SupervisedEngine
-from megatron_rl.training.parallel import Launch
+from megatron_rl.training.parallel import Launch, Messages
 from megatron_rl.training.phase_memory import PARTS, PhaseMemory
+from megatron_rl.weights.handles import GatherAll, Handles, Serialize
 
 Buckets = Iterable[Sequence[tuple[str, torch.Tensor]]]
 TURNS = ("release", "onload", "offload", "resume")
@@ -58,14 +59,18 @@ class SGLangServing:
         payloads are made by."""
         self._config, self._model, self._runner = config, model, runner
         self._serialize, self._export, self._memory = serialize, export, memory
+        settings = config.rollout.sglang
+        self._gather_all: GatherAll = lambda value: [value]
+        if launch.world_size > 1:  # not over NCCL, whose waiting ranks keep their GPU busy while a server starts on it
+            self._gather_all = Messages(config.training.collective_timeout_s + settings.ready_timeout_s).gather_all
+        self._handles = Handles(serialize, self._gather_all, rank=launch.rank)
         self.phase_seconds = dict.fromkeys(TURNS if memory else ("release", "resume"), 0.0)
         self.phase_memory: dict[str, int] = {}
         self._supervised: list[SupervisedEngine] = []
         self._given: list[SGLangEngine] = []
-        settings = config.rollout.sglang
         if memory:
             memory.offload(*PARTS)  # a server takes its share of what it finds free
-            _wait_for_all_ranks()
+            self._wait_for_all_ranks()
         if launch.rank == 0 and settings.urls:
             for i, url in enumerate(settings.urls):
                 self._given.append(runner.run(self._connect(url, name=f"sglang-{i}")))
@@ -101,23 +106,19 @@ class SGLangServing:
         if self._memory:
             with self._turn("offload", "trained"):
                 self._memory.offload("gradients", "main_weights")
-                _wait_for_all_ranks()
+                self._wait_for_all_ranks()
         with self._turn("resume", "resumed"):
             self._runner.run(_all(e.revive() for e in self._supervised))
             self._all_engines(lambda e: e.resume_memory(("weights",)))
         if self._memory:
             self._memory.begin_copy("parameters")  # the link is idle meanwhile
-        if self.engines:
-            self._runner.run(load_weights(self._plain, buckets, version))
-            for engine in self._supervised:
-                engine.loaded(version)
-        else:
-            for _ in buckets:
-                pass
+        self._runner.run(load_weights(self._plain, buckets, version, self._handles))
+        for engine in self._supervised:
+            engine.loaded(version)
         if self._memory:
             with self._turn("offload", "published"):
                 self._memory.offload("parameters")
-                _wait_for_all_ranks()
+                self._wait_for_all_ranks()
         with self._turn("resume", "generating"):
             self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
 
@@ -138,7 +139,7 @@ class SGLangServing:
         self._memory.onload("parameters", "main_weights")
         yield
         self._memory.offload("parameters", "main_weights", changed=False)
-        _wait_for_all_ranks()
+        self._wait_for_all_ranks()
         with suppress(EngineGoneError):
             self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
 
@@ -184,7 +185,10 @@ class SGLangServing:
                 self._runner.run(_all(call(engine) for engine in self._plain))
             finally:
                 if self._memory:
-                    _wait_for_all_ranks()
+                    self._wait_for_all_ranks()
+
+    def _wait_for_all_ranks(self) -> None:
+        self._gather_all(None)
 
     async def _connect(self, url: str, *, name: str, server: ServerProcess | None = None) -> SGLangEngine:
         """server: the process that answers there, if it is ours."""
@@ -199,11 +203,6 @@ class SGLangServing:
             serialize=self._serialize,
             keep=keep,
         )
-
-
-def _wait_for_all_ranks() -> None:
-    if dist.get_world_size() > 1:
-        dist.barrier()
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -8,6 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from megatron_rl.algorithms import MirrorDescent
+from tests.training.conftest import make_trainer  # noqa: F401  a fixture
+from tests.training.material import exported, flat, make_config, make_groups, make_model
+
 ROOT = Path(__file__).parents[1]
 KEYS = {"name", "device", "versions", "date", "commit", "command", "ceilings", "rows"}
 
@@ -41,6 +47,27 @@ def test_partial_rollouts_and_their_peer_train_the_same_lengths_on_a_fake_server
     assert result.keys() >= KEYS and len(result["rows"]) == 4 and "MISSING" not in told, told
     assert all(row["ours"] > 0 and row["peer"] > 0 for row in result["rows"])
     assert all(tokens > 0 for side in ("partial", "waiting", "kept") for tokens in result["curves"][f"{side}_tokens"])
+
+
+def test_empty_heads_change_no_weight_of_the_others_and_stay_empty(tmp_path: Path, make_trainer) -> None:  # noqa: F811
+    """Five heads for each of three KV heads become twenty over four: two ranks can share them."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from even_heads import with_empty_heads
+
+    for family in ("llama", "qwen2"):
+        shape = {"num_attention_heads": 15, "num_key_value_heads": 3, "hidden_size": 120}
+        narrow = make_model(tmp_path / family, family, **shape)
+        wide = with_empty_heads(narrow, tmp_path / f"{family}-wide", 4)
+        weights = []
+        for folder in (narrow, wide):
+            trainer = make_trainer(make_config(folder))
+            trainer.step(trainer.distribute([flat(make_groups())]), MirrorDescent(0.3), None)
+            weights.append(exported(trainer))
+        for name, value in weights[0].items():
+            found = weights[1][name]
+            kept = found[tuple(slice(0, n) for n in value.shape)]
+            torch.testing.assert_close(kept, value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            assert found.count_nonzero() == kept.count_nonzero(), name
 
 
 def test_the_crossover_is_drawn_from_what_was_measured(tmp_path: Path) -> None:

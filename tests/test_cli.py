@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from megatron_rl import cli, config
 from megatron_rl.config import Config, DPOConfig, SFTConfig
 from megatron_rl.data.ready_made import READY_MADE
 from megatron_rl.errors import EngineError
+from megatron_rl.evaluate import Way
 
 MINIMAL = """
 run: {folder: FOLDER/run, iterations: 1}
@@ -21,7 +23,19 @@ rollout: {groups_per_iteration: 1, token_budget: 8, max_response_tokens: 16}
 COMMANDS = {  # frozen: scripts of users depend on it
     "train": ["config", "overrides"],
     "sft": ["config", "overrides"],
-    "eval": ["config", "overrides", "--model", "--split", "--set", "--list", "--sampled", "--samples", "--record", "--html"],
+    "eval": [
+        "config",
+        "overrides",
+        "--model",
+        "--split",
+        "--set",
+        "--list",
+        "--greedy",
+        "--sampled",
+        "--samples",
+        "--record",
+        "--html",
+    ],
     "curate": [
         "config",
         "--out",
@@ -164,41 +178,37 @@ def test_a_bug_of_ours_keeps_its_traceback(config_file, monkeypatch):
         cli.main()
 
 
-def test_eval_prints_its_result_and_records_it_with_the_run(run, config_file, tmp_path, monkeypatch):
+def test_eval_prints_and_records_the_greedy_and_the_sampled_result(run, config_file, tmp_path, monkeypatch):
     seen = {}
 
-    def evaluate(settings, model_folder, **options):
-        seen.update(options, model=model_folder)
-        return {
-            "model": str(model_folder),
-            "n": 2,
-            "samples": 1,
-            "greedy": options["greedy"],
-            "mean": 0.5,
-            "low": 0.0,
-            "high": 1.0,
-            "mean_tokens": 3.0,
-            "scores": [{"name": "pass@1", "mean": 0.5, "low": 0.0, "high": 1.0}],
-        }
+    def evaluate_ways(settings, model_folder, ways, *, split):
+        seen.update(model=model_folder, ways=ways, split=split)
+        scores = [{"name": "pass@1", "mean": 0.5, "low": 0.0, "high": 1.0}]
+        found = {"model": str(model_folder), "n": 2, "mean": 0.5, "low": 0.0, "high": 1.0, "mean_tokens": 3.0, "scores": scores}
+        return [found | {"greedy": way.greedy, "samples": way.samples} for way in ways]
 
-    stub(monkeypatch, "megatron_rl.evaluate", evaluate=evaluate)
+    stub(monkeypatch, "megatron_rl.evaluate", evaluate_ways=evaluate_ways, Way=Way)
     code, out, _ = run("eval", config_file, "--model", tmp_path, "--record", "after")
     assert code == 0 and '"mean": 0.5' in out
-    assert seen == {"model": tmp_path, "split": "held_out", "greedy": True, "samples": 1}
-    assert '"after"' in (tmp_path / "run" / "evaluation.json").read_text()
+    assert seen == {"model": tmp_path, "split": "held_out", "ways": [Way(greedy=True)]}
+    assert run("eval", config_file, "--model", tmp_path, "--record", "after", "--greedy", "--sampled", "--samples", "4")[0] == 0
+    assert seen["ways"] == [Way(greedy=True), Way(greedy=False, samples=4)]
+    recorded = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]
+    assert (recorded["greedy"], recorded["sampled_mean"], recorded["sampled_samples"]) == (True, 0.5, 4)
 
 
 def test_eval_takes_a_model_folder_and_a_set_without_any_config(run, tmp_path, monkeypatch):
     seen = {}
 
-    def evaluate(settings, model_folder, **options):
-        seen.update(options, model=model_folder, verifier=settings.data.verifier, tokens=settings.rollout.max_response_tokens)
+    def evaluate_ways(settings, model_folder, ways, *, split):
+        verifier, tokens = settings.data.verifier, settings.rollout.max_response_tokens
+        seen.update(model=model_folder, split=split, ways=ways, verifier=verifier, tokens=tokens)
         raise EngineError("enough")
 
-    stub(monkeypatch, "megatron_rl.evaluate", evaluate=evaluate)
+    stub(monkeypatch, "megatron_rl.evaluate", evaluate_ways=evaluate_ways, Way=Way)
     run("eval", tmp_path, "rollout.max_response_tokens=77", "--set", "gsm_symbolic", "--sampled", "--samples", "4")
-    asked = {"model": tmp_path, "split": "gsm_symbolic", "greedy": False, "samples": 4}
-    assert seen == asked | {"verifier": "math", "tokens": 77}
+    ways = [Way(greedy=False, samples=4)]
+    assert seen == {"model": tmp_path, "split": "gsm_symbolic", "ways": ways, "verifier": "math", "tokens": 77}
 
 
 def test_eval_lists_the_ready_made_sets(run):

@@ -11,8 +11,8 @@ from statistics import fmean
 
 from megatron_rl.report.charts import HEIGHT, WIDTH, Line, line_chart, moving_average
 
-COLOURS = ("#2f6fde", "#e8833a")  # of the arms, in order
-TITLE, HEAD, FOOT = 46, 26, 24  # heights of the title, a panel's heading, the foot
+COLOURS = ("#2f6fde", "#e8833a", "#2c9f6b", "#9a5bd0", "#c94b5e", "#7d8592")  # of the arms, in order
+TITLE, LEGEND, HEAD, FOOT = 28, 18, 26, 24  # heights of the title, a line of the legend, a panel's heading, the foot
 STYLE = (
     ".grid{stroke:#e3e6eb}.axis{fill:#636c7c;font-size:11px}"
     ".line{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}.faint{opacity:.3;stroke-width:1.2}"
@@ -28,6 +28,7 @@ class Panel:
     curves: Mapping[str, Sequence[Sequence[float]]]
     floor: float | None = None
     ceiling: float | None = None
+    xs: Sequence[int] | None = None  # where the points lie, which then are drawn as they are; else 0, 1, 2, ... and averaged
 
 
 def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
@@ -37,11 +38,12 @@ def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
 
 def draw(title: str, panels: Sequence[Panel], foot: str, *, window: int = 5) -> str:
     """`window`: points averaged into each one that is drawn; `foot` should say seeds, iterations and what was cut."""
-    parts = [_text(14, 20, title, "#1b2130", 15, 600), *_legend(list(panels[0].curves))]
-    top = TITLE
+    legend, top = _legend(list(panels[0].curves))
+    parts = [_text(14, 20, title, "#1b2130", 15, 600), *legend]
     for panel in panels:
         parts.append(_text(14, top + 16, panel.heading, "#1b2130", 12, 600))
-        chart = line_chart(range(len(next(iter(panel.curves.values()))[0])), _lines(panel, window), **_bounds(panel))
+        xs = panel.xs or range(len(next(iter(panel.curves.values()))[0]))
+        chart = line_chart(xs, _lines(panel, 1 if panel.xs else window), **_bounds(panel))
         chart = re.sub(r'<rect class="hit"[^>]*/>', "", chart)  # areas for a pointer, which a picture does not have
         place = f'<svg x="0" y="{top + HEAD}" width="{WIDTH}" height="{HEIGHT}"'
         parts.append(place + chart.removeprefix("<svg"))
@@ -53,7 +55,7 @@ def draw(title: str, panels: Sequence[Panel], foot: str, *, window: int = 5) -> 
 def scatter(title: str, points: Mapping[str, Sequence[tuple[float, float]]], foot: str) -> str:
     """What each model needs and reaches: (tokens, share correct) of every seed, faint, and their mean with the model's name."""
     right = math.ceil(max(tokens for seeds in points.values() for tokens, _ in seeds)) + 4  # room for names
-    x, y = (lambda tokens: 46 + tokens / right * (WIDTH - 60)), (lambda share: TITLE + 10 + (1 - share) * 230)
+    x, y = (lambda tokens: 46 + tokens / right * (WIDTH - 60)), (lambda share: TITLE + LEGEND + 10 + (1 - share) * 230)
     parts = [_text(14, 20, title, "#1b2130", 15, 600), _text(14, 40, "correct, over tokens of a response", "#636c7c", 12, 400)]
     for share in (0, 0.25, 0.5, 0.75, 1):
         parts.append(f'<line class="grid" x1="46" x2="{WIDTH - 14}" y1="{y(share):.1f}" y2="{y(share):.1f}"/>')
@@ -93,13 +95,17 @@ def _bounds(panel: Panel) -> dict[str, float | None]:
     return {"floor": panel.floor, "ceiling": panel.ceiling}
 
 
-def _legend(arms: Sequence[str]) -> list[str]:
-    x, parts = 14.0, []
+def _legend(arms: Sequence[str]) -> tuple[list[str], int]:
+    """The marks, and where they end; as many lines as they need."""
+    x, y, parts = 14.0, TITLE, list[str]()
     for colour, arm in zip(COLOURS, arms, strict=False):
-        parts.append(f'<rect x="{x}" y="30" width="11" height="11" rx="3" fill="{colour}"/>')
-        parts.append(_text(x + 16, 40, arm, "#636c7c", 12, 400))
-        x += 36 + 6.4 * len(arm)
-    return parts
+        width = 36 + 6.4 * len(arm)
+        if x > 14 and x + width > WIDTH:
+            x, y = 14.0, y + LEGEND
+        parts.append(f'<rect x="{x}" y="{y + 2}" width="11" height="11" rx="3" fill="{colour}"/>')
+        parts.append(_text(x + 16, y + 12, arm, "#636c7c", 12, 400))
+        x += width
+    return parts, y + LEGEND
 
 
 def _text(x: float, y: float, content: str, colour: str, size: int, weight: int) -> str:

@@ -1,9 +1,9 @@
-"""The paper's claims against their opposites, in miniature: `python benchmarks/ablations/run.py NAME [--seeds 0 1 2]`.
+"""The paper's claims against their opposites, in miniature: `python benchmarks/ablations/run.py [NAME ...] [--seeds 0 1 2]`.
 
-NAME is one of `ABLATIONS`: two runs of each seed, compared. A run is a config of this folder with overrides, and may serve
-several ablations. Runs what is not finished, one after the other, into runs/ablations/RUN/seedN, then writes
-benchmarks/results/ablation_NAME.json and docs/ablation_NAME.svg. What was found: docs/ablations.md. One run:
-`measured_train.py`; the tasks: `tasks.py`.
+NAME is one of `arms.py`'s ablations, without one all: two or more runs of each seed, compared with the first. Runs what is not
+finished, one after the other (`side_by_side.py`: many at once), into runs/ablations/RUN/seedN, then writes
+benchmarks/results/ablation_NAME.json and docs/ablation_NAME.svg. What was found: docs/ablations.md. One run: `measured_train.py`;
+the tasks: `tasks.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -24,62 +24,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(HERE.parent))  # a script's own folder is on the path, its parent is not
 
+from arms import ABLATIONS, RUNS, Ablation  # noqa: E402
 from picture import Panel, draw  # noqa: E402
 from result_file import Row, write_result  # noqa: E402
 
-PACKAGES = ["torch", "megatron-core", "transformers"]
 PANELS = {"reward/correct": ("correct, share of the batch", 0.0, 1.0), "length/mean": ("tokens of a response", 0.0, None)}
-
-PARTIAL = ("rollout.partial=true", "rollout.token_budget=16", "run.iterations=80")  # the first ones wait for a whole batch
-SLOWER = ("training.optimizer.lr=2.0e-4",)  # the configs have 5e-4
-
-RUNS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> config and task, overrides
-    "chain_full": ("chain", ()),
-    "chain_full_slower": ("chain", SLOWER),
-    "chain_rest": ("chain", ("algorithm.name=rest",)),
-    "chain_partial": ("chain", PARTIAL),
-    "chain_partial_slower": ("chain", (*PARTIAL, *SLOWER)),
-    "chain_partial_last": ("chain", (*PARTIAL, "algorithm.loss_segments=last")),
-    "sum": ("sum", ()),
-    "sum_rest": ("sum", ("algorithm.name=rest",)),
-    "sum_length": ("sum", ("rewards.length.schedule=constant", "rewards.length.start_iteration=15")),
-}
-
-
-@dataclass(frozen=True)
-class Ablation:
-    title: str
-    arms: Mapping[str, str]  # what it is called -> its run; the paper's method first
-    with_length: bool = False
-    with_cost: bool = False
-
-
-ABLATIONS = {
-    "rest_chain": Ablation("Mirror descent against ReST, chains", {"mirror descent": "chain_full", "ReST": "chain_rest"}),
-    "rest_sum": Ablation("Mirror descent against ReST, sums", {"mirror descent": "sum", "ReST": "sum_rest"}),
-    "partial": Ablation(
-        "Partial against full rollouts, chains",
-        {"partial rollouts": "chain_partial", "full rollouts": "chain_full"},
-        with_length=True,
-        with_cost=True,
-    ),
-    "partial_slower": Ablation(
-        "Partial against full rollouts, chains, learning rate 2e-4",
-        {"partial rollouts": "chain_partial_slower", "full rollouts": "chain_full_slower"},
-        with_length=True,
-        with_cost=True,
-    ),
-    "loss_segments": Ablation(
-        "Which segments carry loss in partial rollouts, chains",
-        {"the last one": "chain_partial_last", "all": "chain_partial"},
-        with_length=True,
-    ),
-    "length": Ablation(
-        "Length reward on and off, sums",
-        {"length reward from iteration 15": "sum_length", "no length reward": "sum"},
-        with_length=True,
-    ),
-}
+SETS = {"held_out": "held-out questions", "hard": "held-out long ways"}
 
 
 @dataclass(frozen=True)
@@ -97,54 +47,114 @@ class Measured:
     def curve(self, key: str) -> list[float]:
         return [row[key] for row in self.batches]
 
+    def watched(self, name: str) -> dict[int, float]:
+        """Iterations before it -> share of an evaluation set that is right, sampled at temperature 1."""
+        return {int(row["iteration"]): row[key] for row in self.rows if (key := f"eval/{name}/pass@1") in row}
+
+    def sampled(self, name: str, what: str = "mean") -> float:
+        """After training, at temperature 1."""
+        return float(self.outcome["evaluation"][name][what])
+
     @property
     def trained_tokens(self) -> float:
         return sum(self.curve("tokens/trained"))
 
     @property
     def seconds(self) -> float:
-        return sum(value for row in self.rows for key, value in row.items() if key.startswith("time/"))
+        """Of training: evaluations are not part of it."""
+        is_own = lambda key: key.startswith("time/") and key != "time/evaluation_s"  # noqa: E731
+        return sum(value for row in self.rows for key, value in row.items() if is_own(key))
+
+
+@dataclass(frozen=True)
+class Quantity:
+    case: str
+    unit: str
+    of: Callable[[Measured], float]
+    less_is_better: bool = False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=ABLATIONS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ABLATIONS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--finished", action="store_true", help="run nothing: leave out seeds of which a run is missing")
     arguments = parser.parse_args()
-    ablation = ABLATIONS[arguments.name]
-    arms = {arm: [measure(run, seed) for seed in arguments.seeds] for arm, run in ablation.arms.items()}
+    if unknown := set(arguments.names) - set(ABLATIONS):
+        parser.error(f"{', '.join(sorted(unknown))}: no such ablation; there are {', '.join(ABLATIONS)}")
+    for name in arguments.names or ABLATIONS:
+        runs = ABLATIONS[name].arms.values()
+        seeds = [s for s in arguments.seeds if not arguments.finished or all(is_finished(run, s) for run in runs)]
+        if seeds:
+            write(name, seeds)
+        else:
+            print(f"{name}: left out, no seed has all of its runs")
+
+
+def write(name: str, seeds: Sequence[int]) -> None:
+    """Result and picture of one ablation."""
+    ablation = ABLATIONS[name]
+    arms = {arm: [measure(run, seed) for seed in seeds] for arm, run in ablation.arms.items()}
     rows = compared(ablation, arms)
-    for row in rows:
-        print(f"{row.case:64} {row.ours:9.4f} {row.unit}, {row.peer_name} {row.peer:9.4f}")
+    print(f"{name}, seeds {', '.join(map(str, seeds))}")
+    print_rows(rows)
     curves = {
         f"{arm}, seed {seed}: {key}": [round(value, 4) for value in run.curve(key)]
         for arm, runs in arms.items()
-        for seed, run in zip(arguments.seeds, runs, strict=True)
+        for seed, run in zip(seeds, runs, strict=True)
         for key in shown(ablation)
     }
-    write_result(f"ablation_{arguments.name}", rows, ceilings={}, packages=PACKAGES, curves=curves)
-    picture = ROOT / "docs" / f"ablation_{arguments.name}.svg"
-    picture.write_text(drawn(ablation, arms, arguments.seeds), encoding="utf-8")
+    machine = where([run.outcome for runs in arms.values() for run in runs])
+    write_result(f"ablation_{name}", rows, ceilings={}, packages=[], curves=curves, measured_on=machine)
+    (ROOT / "docs" / f"ablation_{name}.svg").write_text(drawn(ablation, arms, seeds), encoding="utf-8")
+
+
+def print_rows(rows: Iterable[Row]) -> None:
+    for row in rows:
+        print(f"{row.case:72} {row.ours:9.4f} {row.unit}, {row.peer_name} {row.peer:9.4f}")
+
+
+def folder_of(run: str, seed: int) -> Path:
+    return ROOT / "runs" / "ablations" / run / f"seed{seed}"
+
+
+def is_finished(run: str, seed: int) -> bool:
+    return (folder_of(run, seed) / "outcome.json").is_file()
+
+
+def command(run: str, seed: int) -> list[str]:
+    """Arguments of `python` that make a run of a seed; its task must be there (`make_task`)."""
+    task, overrides = RUNS[run]
+    own = [f"run.folder={folder_of(run, seed)}", f"run.seed={seed}"]
+    return ["measured_train.py", str(HERE / f"{task}.yaml"), *own, *overrides]
+
+
+def make_task(task: str) -> None:
+    if not (ROOT / f".cache/ablations/{task}/task.jsonl").is_file():
+        python("tasks.py", task, f".cache/ablations/{task}")
 
 
 def measure(run: str, seed: int) -> Measured:
     """The run of a seed, made if there is none; an unfinished one is begun anew."""
-    name, overrides = RUNS[run]
-    task, folder = f".cache/ablations/{name}", f"runs/ablations/{run}/seed{seed}"
-    if not (ROOT / task / "task.jsonl").is_file():
-        python("tasks.py", name, task)
-    if not (ROOT / folder / "outcome.json").is_file():
-        shutil.rmtree(ROOT / folder, ignore_errors=True)
-        python("measured_train.py", str(HERE / f"{name}.yaml"), f"run.folder={folder}", f"run.seed={seed}", *overrides)
-    lines = (ROOT / folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    outcome = json.loads((ROOT / folder / "outcome.json").read_text(encoding="utf-8"))
-    return Measured([json.loads(line) for line in lines], outcome)
+    folder = folder_of(run, seed)
+    if not is_finished(run, seed):
+        shutil.rmtree(folder, ignore_errors=True)
+        make_task(RUNS[run][0])
+        python(*command(run, seed))
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return Measured([json.loads(line) for line in lines], json.loads((folder / "outcome.json").read_text(encoding="utf-8")))
 
 
 def python(script: str, *arguments: str) -> None:
     """Run a script of this folder, with the repository's root on its path."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, str(HERE / script), *arguments], check=True, cwd=ROOT, env=environment)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run([sys.executable, str(HERE / script), *arguments], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
+
+
+def where(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Device and versions of these runs; several devices are all named."""
+    machines = [outcome["machine"] for outcome in outcomes]
+    return {**machines[0], "device": "; ".join(sorted({machine["device"] for machine in machines}))}
 
 
 def shown(ablation: Ablation) -> list[str]:
@@ -152,39 +162,65 @@ def shown(ablation: Ablation) -> list[str]:
 
 
 def compared(ablation: Ablation, arms: Mapping[str, Sequence[Measured]]) -> list[Row]:
-    """Each number of the first arm beside the second's: means over seeds, with the lowest and highest seed."""
-    (ours, our_runs), (peer, peer_runs) = arms.items()
-    num_batches = common_length([run.batches for run in [*our_runs, *peer_runs]])
+    """Each quantity of the first arm beside that of every other: means over seeds, with the lowest and highest seed."""
+    (ours, our_runs), *others = arms.items()
+    num_batches = common_length([run.batches for runs in arms.values() for run in runs])
+    if ablation.comparable_batches:
+        quantities = of_batches(ablation, num_batches)
+    else:
+        quantities = [quantity for name in SETS if our_runs[0].watched(name) for quantity in of_set(name)]
+    return [
+        beside(
+            f"{ours}: {q.case}",
+            q.unit,
+            [q.of(r) for r in our_runs],
+            [q.of(r) for r in runs],
+            peer,
+            less_is_better=q.less_is_better,
+        )
+        for peer, runs in others
+        for q in quantities
+    ]
 
-    def row(case: str, unit: str, of: Callable[[Measured], float], *, less_is_better: bool = False) -> Row:
-        values, peer_values = [of(run) for run in our_runs], [of(run) for run in peer_runs]
-        return beside(f"{ours}: {case}", unit, values, peer_values, peer, less_is_better=less_is_better)
+
+def of_batches(ablation: Ablation, num_batches: int) -> list[Quantity]:
+    quarters = [round(num_batches * i / 4) for i in range(5)]
+    spans = (
+        list(zip(quarters, quarters[1:], strict=False)) if ablation.with_cost else [(0, num_batches), (quarters[3], num_batches)]
+    )
 
     def part(key: str, start: int, end: int) -> Callable[[Measured], float]:
         return lambda run: fmean(run.curve(key)[start:end])
 
-    quarters = [round(num_batches * i / 4) for i in range(5)]
-    rows = [
-        row(f"correct, batches {start + 1} to {end}", "share", part("reward/correct", start, end))
-        for start, end in zip(quarters, quarters[1:], strict=False)
-    ]
-    rows.append(row("all prompts after training, sampled", "share", lambda run: run.outcome["evaluation"]["mean"]))
+    found = [Quantity(f"correct, batches {a + 1} to {b}", "share", part("reward/correct", a, b)) for a, b in spans]
+    found.append(Quantity("held-out questions after training, sampled", "share", lambda run: run.sampled("held_out")))
     if ablation.with_length:
-        last = part("length/mean", quarters[3], quarters[4])
-        rows.append(row(f"tokens, batches {quarters[3] + 1} to {quarters[4]}", "tokens", last, less_is_better=True))
-        after = lambda run: run.outcome["evaluation"]["mean_tokens"]  # noqa: E731
-        rows.append(row("tokens after training, sampled", "tokens", after, less_is_better=True))
+        last = part("length/mean", quarters[3], num_batches)
+        found.append(Quantity(f"tokens, batches {quarters[3] + 1} to {num_batches}", "tokens", last, less_is_better=True))
+        after = lambda run: run.sampled("held_out", "mean_tokens")  # noqa: E731
+        found.append(Quantity("tokens of held-out questions after training, sampled", "tokens", after, less_is_better=True))
     if ablation.with_cost:
-        rows += [
-            row("trained tokens a second (wall clock)", "tokens/s", lambda run: run.trained_tokens / run.seconds),
-            row("engine steps for 1000 trained tokens (counted)", "steps", per_thousand("steps"), less_is_better=True),
-            row("rows decoded for 1000 trained tokens, padding too (counted)", "rows", per_thousand("rows"), less_is_better=True),
+        found += [
+            Quantity("trained tokens a second (wall clock)", "tokens/s", lambda run: run.trained_tokens / run.seconds),
+            per_thousand("engine steps", "steps"),
+            per_thousand("rows decoded, padding too", "rows"),
+            per_thousand("context tokens computed", "prefill_tokens"),
         ]
-    return rows
+    return found
 
 
-def per_thousand(count: str) -> Callable[[Measured], float]:
-    return lambda run: 1000 * run.outcome[count] / run.trained_tokens
+def per_thousand(name: str, count: str) -> Quantity:
+    unit = count.removeprefix("prefill_")
+    amount = lambda run: 1000 * run.outcome[count] / run.trained_tokens  # noqa: E731
+    return Quantity(f"{name}, for 1000 trained tokens (counted)", unit, amount, less_is_better=True)
+
+
+def of_set(name: str) -> list[Quantity]:
+    """What compares arms whose batches say nothing of each other: fixed questions, all sampled at temperature 1."""
+    return [
+        Quantity(f"{SETS[name]}, mean of all evaluations", "share", lambda run: fmean(run.watched(name).values())),
+        Quantity(f"{SETS[name]} after training", "share", lambda run: run.sampled(name)),
+    ]
 
 
 def beside(
@@ -208,15 +244,28 @@ def common_length(curves: Sequence[Sequence[Any]]) -> int:
 
 
 def drawn(ablation: Ablation, arms: Mapping[str, Sequence[Measured]], seeds: Sequence[int]) -> str:
+    names = f"Seeds {', '.join(map(str, seeds))} (faint) and their mean; "
+    first = next(iter(arms.values()))[0]
+    if not ablation.comparable_batches:
+        panels = [
+            Panel(
+                heading,
+                {arm: [list(r.watched(key).values()) for r in runs] for arm, runs in arms.items()},
+                0.0,
+                1.0,
+                xs=list(points),
+            )
+            for key, heading in SETS.items()
+            if (points := first.watched(key))
+        ]
+        return draw(ablation.title, panels, f"{names}{max(first.watched('held_out'))} iterations, nothing cut.")
     length = common_length([run.batches for runs in arms.values() for run in runs])
     panels = [
         Panel(heading, {arm: [run.curve(key)[:length] for run in runs] for arm, runs in arms.items()}, floor, ceiling)
         for key, (heading, floor, ceiling) in PANELS.items()
         if key in shown(ablation)
     ]
-    names = ", ".join(map(str, seeds))
-    said = f"Seeds {names} (faint) and their mean; the first {length} batches of 16 groups of 8, each point over the last 5."
-    return draw(ablation.title, panels, said)
+    return draw(ablation.title, panels, f"{names}the first {length} batches of 16 groups of 8, each point over the last 5.")
 
 
 if __name__ == "__main__":

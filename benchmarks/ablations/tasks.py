@@ -2,9 +2,9 @@
 
 `chain`: `b>f` asks for every symbol on the way, `cdef`; the ways are short as a rule and long now and then, and every token
 must be right. `sum`: `7+5` asks for the last digit, `=2`; a response may count up to it first, `89012=2`, and count again, which
-it need not, `89012;89012=2`. Each FOLDER gets
-model/ (a random Qwen3 of two layers, warmed up until it knows the form and often slips) and task.jsonl. The repository's root
-must be on PYTHONPATH, as `run.py` puts it.
+it need not, `89012;89012=2`. Each FOLDER gets model/ (a random Qwen3 of two layers, warmed up until it knows the form and often
+slips), task.jsonl (four of five questions), held_out.jsonl (every fifth, in neither the warm-up nor the training) and, of chains,
+hard.jsonl (the long ways among those). The repository's root must be on PYTHONPATH, as `run.py` puts it.
 """
 
 from __future__ import annotations
@@ -80,6 +80,14 @@ def count(draw: random.Random, question: str) -> str:
 TASKS = {"chain": Task(chains, slipping_chain, steps=600), "sum": Task(sums, worked_or_direct, steps=600)}
 
 
+Questions = list[tuple[str, str]]
+
+
+def split(questions: Questions) -> tuple[Questions, Questions]:
+    """Those that are trained on, and every fifth, which never is."""
+    return [question for i, question in enumerate(questions) if i % 5 != 4], questions[4::5]
+
+
 def write_task(path: Path, questions: list[tuple[str, str]]) -> None:
     lines = [json.dumps({"prompt": question, "answer": answer}) for question, answer in questions]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -124,7 +132,7 @@ def make(name: str, folder: Path) -> float:
     """Model and task of a name; returns the warm-up's last loss."""
     torch.set_num_threads(1)  # matrices this small lose more to waiting threads than they gain
     task, draw = TASKS[name], random.Random(1)
-    questions = task.questions()
+    questions, held_out = split(task.questions())
     make_model(folder / "model")
 
     def texts() -> tuple[str, str]:
@@ -132,6 +140,9 @@ def make(name: str, folder: Path) -> float:
         return question, task.response(draw, question, answer)
 
     loss = warm_up(folder / "model", texts, steps=task.steps)
+    write_task(folder / "held_out.jsonl", held_out)
+    if hard := [(question, answer) for question, answer in held_out if len(answer) > BANDS[0][2]]:
+        write_task(folder / "hard.jsonl", hard)
     write_task(folder / "task.jsonl", questions)  # last: a folder with it is whole
     return loss
 

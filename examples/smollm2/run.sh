@@ -21,10 +21,9 @@ settings=("$here/config.yaml" "model.folder=$model" "run.folder=$run" "$@")
 
 recorded() { [[ -e "$run/evaluation.json" ]] && grep -q "\"$1\"" "$run/evaluation.json"; }
 
-# The same two commands before and after: greedily, and one sample a question.
+# The same command before and after: greedily, then one sample a question. There is room for more KV than beside training.
 evaluate() {
-    "$bin/megatron-rl" eval "${settings[@]}" --model "$1" --record "$2"
-    "$bin/megatron-rl" eval "${settings[@]}" --model "$1" --record "$2" --sampled
+    "$bin/megatron-rl" eval "${settings[@]}" rollout.embedded.kv_bytes=402653184 --model "$1" --record "$2" --greedy --sampled
 }
 
 [[ "$model" != .cache/smollm2 ]] || "$bin/python" "$here/convert_model.py" --out "$model"

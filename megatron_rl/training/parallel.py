@@ -71,8 +71,9 @@ def initialize(config: TrainerConfig) -> Launch:
 
 
 def place_ranks(config: TrainerConfig) -> None:
-    """Megatron's parallel state and seeds, over an initialised torch.distributed."""
+    """Megatron's parallel state and seeds, over an initialised torch.distributed; in place of those of another layout, if any."""
     t = config.training
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         t.tensor_parallel,
         t.pipeline_parallel,

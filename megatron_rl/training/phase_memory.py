@@ -29,6 +29,8 @@ from megatron_rl.training.optimizer import PolicyOptimizer
 Part = Literal["parameters", "main_weights", "gradients"]
 PARTS: tuple[Part, ...] = get_args(Part)
 _ALIGNMENT = 512  # bytes; between two storages on the host
+_ROOM_S = 5.0  # longest wait for memory: a server of several ranks answers when its first one has let go
+_POLL_S = 0.01
 
 
 class PhaseMemory:
@@ -83,16 +85,22 @@ class PhaseMemory:
         start = time.perf_counter()
         away = [part for part in parts if self._parts[part].is_away]
         for part in away:
-            try:
-                self._parts[part].allocate()
-            except RuntimeError as e:  # of torch's allocators, whichever the device
-                self._parts[part].free()
-                raise self._no_room(part) from e
+            self._allocate(part, until=start + _ROOM_S)
         with self._copies():
             for part in away:
                 self._parts[part].copy_in()
         self._settle()
         self.seconds["onload"] += time.perf_counter() - start
+
+    def _allocate(self, part: Part, until: float) -> None:
+        while True:
+            try:
+                return self._parts[part].allocate()
+            except RuntimeError as e:  # of torch's allocators, whichever the device
+                self._parts[part].free()
+                if time.perf_counter() > until:
+                    raise self._no_room(part) from e
+            time.sleep(_POLL_S)
 
     def memory(self) -> dict[str, int]:
         """Bytes: `free` on the whole GPU, `allocated` by this process's tensors. Empty on a CPU."""

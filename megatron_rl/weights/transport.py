@@ -1,12 +1,13 @@
 """Full tensors, bucket by bucket, to engines in other processes: flattened, delivered while the next one is gathered.
 
     buckets (collective, this thread)   gather 0 | gather 1      | gather 2      |
-    deliver (a worker thread)                    | deliver 0     | deliver 1     | deliver 2
+    deliver (worker threads)                     | deliver 0     | deliver 1     | deliver 2
 
 Two flat buffers take turns, so that memory beside the weights stays at two buckets (and one more while a tensor-parallel
 gather fills it), however large the model. A tensor that fills a bucket alone, such as an embedding, is sent as it lies: no copy.
 A buffer is written again only after its delivery was answered, and no weight changes during a publish. What a delivery
-is, e.g. a CUDA IPC handle in an HTTP call: `rollout/engines/sglang.py`. Where buckets come from: `hf.py`.
+is, e.g. a CUDA IPC handle in an HTTP call: `rollout/engines/sglang.py`. With several ranks, each of which lends its memory:
+`handles.py`. Where buckets come from: `hf.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -82,23 +84,38 @@ def _finished(bucket: FlatBucket) -> FlatBucket:
     return bucket
 
 
-async def send(buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], deliver: Callable[[FlatBucket], None]) -> int:
+class Outlet(Protocol):
+    """Where `send` puts buckets. The methods are called in the caller's thread and may be collective."""
+
+    def of(self, bucket: FlatBucket) -> list[str]:
+        """What is delivered of a bucket, one payload a receiver. The bucket before has been answered by then."""
+        ...
+
+    def end(self) -> None:
+        """Nothing is on its way any more."""
+        ...
+
+
+Deliver = Callable[[list[str]], Sequence[asyncio.Future[None]]]
+
+
+async def send(buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], outlet: Outlet, deliver: Deliver) -> int:
     """Deliver every bucket in order, one at a time; returns the bytes delivered.
 
-    `buckets` is advanced in this thread (it may be a collective), `deliver` runs in a worker thread and returns when the
-    receiver has let go of the bucket. After an error of `deliver` the rest is still gathered, for the other ranks' sake."""
+    `buckets` is advanced in this thread (it may be a collective); `deliver` starts what ends, in worker threads, when the
+    receivers have let go of the bucket. After an error of one the rest is still gathered, for the other ranks' sake."""
     flattener, num_bytes = Flattener(), 0
     bucket = None
-    running: asyncio.Future[None] | None = None
+    running: Sequence[asyncio.Future[None]] = ()
     failure: Exception | None = None
-    loop = asyncio.get_running_loop()
     for tensors in buckets:
-        if failure is None:
-            bucket = flattener.flatten(tensors)
-            num_bytes += bucket.data.numel()
-            failure = await _settled(running)
-            running = loop.run_in_executor(None, deliver, bucket) if failure is None else None
+        bucket = flattener.flatten(tensors)
+        num_bytes += bucket.data.numel()
+        failure = failure or await _settled(running)
+        payloads = outlet.of(bucket)
+        running = () if failure else deliver(payloads)
     failure = failure or await _settled(running)
+    outlet.end()
     if torch.cuda.is_available():
         del flattener, bucket
         torch.cuda.ipc_collect()  # the receivers have closed their handles
@@ -107,11 +124,12 @@ async def send(buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], deliver: C
     return num_bytes
 
 
-async def _settled(delivery: asyncio.Future[None] | None) -> Exception | None:
-    """The error of a delivery, once it has ended."""
-    if delivery is None:
+async def _settled(deliveries: Sequence[asyncio.Future[None]]) -> Exception | None:
+    """The first error of deliveries, once all have ended."""
+    if not deliveries:
         return None
-    await asyncio.wait([delivery])
-    error = delivery.exception()
+    await asyncio.wait(deliveries)
+    errors = [delivery.exception() for delivery in deliveries]
+    error = next((e for e in errors if e is not None), None)
     assert error is None or isinstance(error, Exception)
     return error

@@ -21,7 +21,6 @@ from megatron_rl.training.trainer import Trainer
 from megatron_rl.weights import atomic, hf, sharded
 from megatron_rl.weights.convert import convert
 from megatron_rl.weights.folder import write_model_folder
-from tests.distributed.launch import place_again
 from tests.distributed.ranks import Meeting, run_ranks
 from tests.training.material import flat, make_config, make_groups
 
@@ -39,7 +38,7 @@ BUCKET_BYTES = 9_000
 def trainer_of(folder: Path, training: dict[str, Any], dtype: str = "float32") -> Trainer:
     config = make_config(folder, dtype=dtype, training=training)
     if dist.get_world_size() > 1:
-        place_again(config)
+        parallel.place_ranks(config)
     return Trainer(config, ModelConfig.from_folder(folder))
 
 

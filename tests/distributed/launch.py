@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_rl.training import parallel
 from tests.distributed.layouts import LAYOUTS, MAX_TOKENS, PREFERENCE, config_of, prefer, refuse, round_trip, train
@@ -27,24 +26,19 @@ def run_rank(meeting: Meeting, num_ranks: int, folder: Path) -> None:
     for name, (ranks, model, training) in LAYOUTS.items():
         if ranks == num_ranks:
             config = config_of(folder / model, training | {"max_tokens_per_micro_batch": MAX_TOKENS})
-            place_again(config)
+            parallel.place_ranks(config)
             results[name] = train(config)
     if num_ranks == 2:
         for name, training in PREFERENCE.items():
             config = config_of(folder / "qwen3", training | {"max_tokens_per_micro_batch": MAX_TOKENS})
-            place_again(config)
+            parallel.place_ranks(config)
             results[name] = prefer(config)
         config = config_of(folder / "qwen3", {"pipeline_parallel": 2, "max_tokens_per_micro_batch": MAX_TOKENS})
-        place_again(config)
+        parallel.place_ranks(config)
         results["refused"] = refuse(config)
         config = make_config(folder / "qwen3", dtype="bfloat16", training={"distributed_optimizer": True})
-        place_again(config)
+        parallel.place_ranks(config)
         results["round trip"] = round_trip(config)
     if meeting.rank == 0:
         torch.save(results, folder / f"results_{num_ranks}.pt")
     parallel.shutdown()
-
-
-def place_again(config) -> None:
-    parallel_state.destroy_model_parallel()
-    parallel.place_ranks(config)

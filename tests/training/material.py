@@ -56,12 +56,20 @@ def make_config(folder: Path, *, dtype: str = "float32", training: dict | None =
     )
 
 
-def make_groups(*, num_groups: int = 4, group_size: int = 3, longest: int = 20, seed: int = 0) -> list[list[TrainingSequence]]:
+def make_groups(
+    *,
+    num_groups: int = 4,
+    group_size: int = 3,
+    longest: int = 20,
+    longest_prompt: int = 6,
+    vocabulary: int = VOCABULARY,
+    seed: int = 0,
+) -> list[list[TrainingSequence]]:
     """Unequal lengths; a third of the tokens masked; some responses of one token, one wholly masked."""
     rng = np.random.default_rng(seed)
     groups = []
     for g in range(num_groups):
-        prompt = rng.integers(0, VOCABULARY, int(rng.integers(1, 7))).astype(np.int32)
+        prompt = rng.integers(0, vocabulary, int(rng.integers(1, longest_prompt + 1))).astype(np.int32)
         rewards = rng.normal(size=group_size)
         members = []
         for j in range(group_size):
@@ -75,7 +83,7 @@ def make_groups(*, num_groups: int = 4, group_size: int = 3, longest: int = 20, 
                     group_id=g,
                     trajectory_id=g * group_size + j,
                     prompt_ids=prompt,
-                    response_ids=rng.integers(0, VOCABULARY, n).astype(np.int32),
+                    response_ids=rng.integers(0, vocabulary, n).astype(np.int32),
                     loss_mask=mask,
                     behaviour_log_probs=rng.normal(-3, 1, n).astype(np.float32),
                     weight_versions=np.where(np.arange(n) < n // 2, 3, 4).astype(np.int32),
@@ -150,13 +158,18 @@ def exported(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The gradients left by the last step, through the same export: they take the weights' places for a moment. Collective;
-    not with the distributed optimizer, where a rank keeps only its shard."""
+    """The gradients left by the last step, under the weights' names. Collective; not with the distributed optimizer, where a
+    rank keeps only its shard."""
+    return exported_as_weights(trainer, [p.main_grad for chunk in trainer.chunks for p in chunk.parameters()])
+
+
+def exported_as_weights(trainer: Trainer, values: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """values: one a parameter of this rank, in its shape. They take the weights' places for a moment. Collective."""
     parameters = [p for chunk in trainer.chunks for p in chunk.parameters()]
     kept = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        for p in parameters:
-            p.copy_(p.main_grad)
+        for p, value in zip(parameters, values, strict=True):
+            p.copy_(value)
         found = exported(trainer)
         for p, value in zip(parameters, kept, strict=True):
             p.copy_(value)

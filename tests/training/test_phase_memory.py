@@ -7,6 +7,7 @@ import torch
 
 from megatron_rl.algorithms import MirrorDescent
 from megatron_rl.errors import MegatronRLError
+from megatron_rl.training import phase_memory
 from megatron_rl.training.phase_memory import PARTS, PhaseMemory
 from tests.training.material import exported, flat, make_config, make_groups, make_model
 
@@ -69,20 +70,24 @@ def test_no_room_is_one_error_and_the_part_can_come_later(folder, make_trainer, 
     memory = PhaseMemory(trainer.chunks, trainer.optimizer)
     memory.offload(*PARTS)
     with monkeypatch.context() as patched:
+        patched.setattr(phase_memory, "_ROOM_S", 0.0)
         patched.setattr(torch.UntypedStorage, "resize_", _refuse_growth(torch.UntypedStorage.resize_))
         with pytest.raises(MegatronRLError, match="no room for the trainer's parameters .*rollout.sglang.mem_fraction"):
             memory.onload("parameters")
     assert memory.is_away("parameters")
-    memory.onload(*PARTS)
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", _refuse_growth(torch.UntypedStorage.resize_, times=3))
+    memory.onload(*PARTS)  # a server's second rank lets go a moment after its first
     assert all(torch.equal(value, before[name]) for name, value in exported(trainer).items())
 
 
-def _refuse_growth(resize):
-    calls = []
+def _refuse_growth(resize, times=1 << 30):
+    """After five calls; so many times."""
+    calls, refused = [], []
 
     def resize_(storage, size):
         calls.append(size)
-        if size and len(calls) > 5:
+        if size and len(calls) > 5 and len(refused) < times:
+            refused.append(size)
             raise RuntimeError("out of memory")
         return resize(storage, size)
 

@@ -34,13 +34,12 @@ from megatron_rl.rollout.engines.sglang_compat import check_version
 from megatron_rl.rollout.engines.sglang_http import SGLangClient
 from megatron_rl.rollout.engines.sglang_kv import KeepOnServer, ServerKV, fresh
 from megatron_rl.types import Ending
-from megatron_rl.weights.transport import FlatBucket, send
+from megatron_rl.weights.handles import Handles, Serialize
+from megatron_rl.weights.transport import send
 
 _ABORT_AGAIN_S = 0.5  # an abort that overtakes its request is lost: it is repeated until the request ends
 _IDLE_S = 30.0  # longest wait until a server that owes no answer calls itself idle
 _TAGS = ("kv_cache", "weights")
-
-Serialize = Callable[[FlatBucket], str]
 
 
 class SGLangEngine:
@@ -53,11 +52,11 @@ class SGLangEngine:
         self.capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=True, streaming=True)
         self.weight_version = -1  # none
         self._client, self._config = client, config
-        self._make_serializer = serialize
-        self._serialize: Serialize | None = None
+        self._handles = Handles(serialize)
         self._check: WeightCheck | None = None
+        self._is_checked = not config.verify_weights
         self._context_tokens = model.max_positions
-        self._num_ranks = config.tensor_parallel
+        self.gpus = list(range(config.tensor_parallel))  # of its ranks, numbered on this machine
         self._id, self._numbers = secrets.token_hex(4), itertools.count()  # of its requests
         self._slots = asyncio.Semaphore(config.max_concurrent)
         self._calls: dict[str, Call] = {}  # request id -> those not ended
@@ -85,7 +84,7 @@ class SGLangEngine:
         try:
             await engine._introduce(model)
             if keep is not None:
-                engine._kv = ServerKV(keep, name, engine._num_ranks, silence_s)
+                engine._kv = ServerKV(keep, name, len(engine.gpus), silence_s)
                 await engine._kv.introduce()
                 engine.capabilities = replace(engine.capabilities, kv_snapshot=True)
         except EngineError:
@@ -133,7 +132,8 @@ class SGLangEngine:
         task.add_done_callback(self._insisting.discard)
 
     async def load_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
-        await load_weights([self], buckets, version)
+        """As a trainer of one rank does it; `load_weights` is for several."""
+        await load_weights([self], buckets, version, self._handles)
 
     async def adopt(self, version: int) -> None:
         """Call what the server holds `version`, without loading anything."""
@@ -241,22 +241,15 @@ class SGLangEngine:
                 f"engine {self.name}: weights cannot change while {len(self._calls)} requests run; abort them first"
             )
         self.weight_version = -1
-        if self._serialize is None:
-            self._serialize = self._make_serializer()
-            if self._config.verify_weights:
-                self._check = WeightCheck(self._client)
-                await self._check.begin()
+        if not self._is_checked:
+            self._is_checked = True
+            self._check = WeightCheck(self._client)
+            await self._check.begin()
         await self._flush()
 
-    def deliver(self, bucket: FlatBucket) -> None:
-        """Returns when the server has copied the bucket. From a worker thread."""
-        assert self._serialize is not None, "begin_load comes first"
-        body = {
-            # One serialization a rank: a handle is counted per process that opens it.
-            "serialized_named_tensors": [self._serialize(bucket) for _ in range(self._num_ranks)],
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
+    def deliver(self, payloads: Sequence[str]) -> None:
+        """A bucket, as each rank of the server gets it; returns when all have copied it. From a worker thread."""
+        body = {"serialized_named_tensors": list(payloads), "load_format": "flattened_bucket", "flush_cache": False}
         self._client.post_blocking("/update_weights_from_tensor", body)
 
     async def finish_load(self, version: int) -> None:
@@ -291,21 +284,26 @@ class SGLangEngine:
                 f"{where}: serves {found} of type {served.get('model_type')}; model.folder is of type {model.family}"
             )
         self._context_tokens = min(model.max_positions, server.get("context_length") or model.max_positions)
-        self._num_ranks = server.get("tp_size") or self._num_ranks
+        first, step = server.get("base_gpu_id") or 0, server.get("gpu_id_step") or 1
+        self.gpus = [first + step * rank for rank in range(server.get("tp_size") or len(self.gpus))]
 
 
 async def load_weights(
-    engines: Sequence[SGLangEngine], buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int
+    engines: Sequence[SGLangEngine], buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int, handles: Handles
 ) -> None:
-    """One pass over the buckets for all engines: each bucket goes to all of them while the next is gathered."""
+    """One pass over the buckets for all engines: each bucket goes to all of them, side by side, while the next is gathered.
+    Collective with the trainer's other ranks, which hold the same buckets and have no engines."""
     await asyncio.gather(*(engine.begin_load() for engine in engines))
-    await send(buckets, partial(_deliver_to_all, engines))
+    handles.begin([gpu for engine in engines for gpu in engine.gpus])
+    loop = asyncio.get_running_loop()
+
+    def deliver(payloads: list[str]) -> list[asyncio.Future[None]]:
+        rest = iter(payloads)
+        own = [list(itertools.islice(rest, len(engine.gpus))) for engine in engines]
+        return [loop.run_in_executor(None, engine.deliver, part) for engine, part in zip(engines, own, strict=True)]
+
+    await send(buckets, handles, deliver)
     await asyncio.gather(*(engine.finish_load(version) for engine in engines))
-
-
-def _deliver_to_all(engines: Sequence[SGLangEngine], bucket: FlatBucket) -> None:
-    for engine in engines:
-        engine.deliver(bucket)
 
 
 def _report(queue: asyncio.Queue[Chunk | BaseException], task: asyncio.Task[None]) -> None:

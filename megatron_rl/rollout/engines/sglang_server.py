@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _POLL_S = 0.2
 _END_S = 1.0  # of a process that breaks its connections
 _STOP_S = 10.0  # between SIGTERM and SIGKILL
 _TAIL_LINES = 12
+_LAUNCH = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$|TORCHELASTIC_")
 _HINTS = {  # words of a log, lower case: what to do
     "out of memory": "lower rollout.sglang.mem_fraction, or free the GPU",
     "not enough memory": "raise rollout.sglang.mem_fraction, or free the GPU",
@@ -61,6 +63,12 @@ def arguments(config: Config, port: int, index: int) -> list[str]:
         **s.server_arguments,
     }
     return [word for name, value in values.items() for word in _flag(name, value)]
+
+
+def without_launch(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what a launcher told the trainer of its ranks: torch.distributed inside the server, whose ranks are its own, would
+    look for torchrun's store (TORCHELASTIC_USE_AGENT_STORE) and wait until it gives up."""
+    return {name: value for name, value in environment.items() if not _LAUNCH.match(name)}
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -117,7 +125,7 @@ class ServerProcess:
         command = [*self._program, *arguments(self._config, port, self._index)]
         launch = [sys.executable, "-m", "megatron_rl.rollout.engines.sglang_launch", str(os.getpid()), *command]
         # Log-probs at the sampling temperature, whatever the surroundings say.
-        environment = {**os.environ, "SGLANG_RETURN_ORIGINAL_LOGPROB": "0", **self._plugin_path()}
+        environment = {**without_launch(os.environ), "SGLANG_RETURN_ORIGINAL_LOGPROB": "0", **self._plugin_path()}
         with self.log.open("ab") as log:
             log.write(f"# {' '.join(command)}\n".encode())
             log.flush()

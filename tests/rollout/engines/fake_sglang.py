@@ -40,7 +40,8 @@ def serialize(bucket: FlatBucket) -> str:
     """What MultiprocessingSerializer does, with the data in place of an IPC handle."""
     file = io.BytesIO()
     metadata = [(p.name, p.shape, str(p.dtype).removeprefix("torch."), p.start, p.stop) for p in bucket.pieces]
-    torch.save({"flattened_tensor": bucket.data.clone(), "metadata": metadata}, file)
+    gpu = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    torch.save({"flattened_tensor": bucket.data.clone(), "metadata": metadata, "gpu": gpu}, file)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -51,6 +52,7 @@ class FakeSGLang:
         self.model_type = ModelConfig.from_folder(folder).family
         self.weights = dict(read_folder(folder))
         self.weight_version = "default"
+        self.gpus = [0]  # of its tensor-parallel ranks
         self.released: set[str] = set()
         self.requests: list[dict[str, Any]] = []  # bodies of all that was asked
         self.kv_weights: list[list[int]] = []  # of each, numbers of the weights that its cached tokens were computed with
@@ -179,8 +181,11 @@ class FakeSGLang:
                 self._is_loaded = True
 
     async def _on_update_weights_from_tensor(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
-        assert body["load_format"] in (None, "flattened_bucket") and len(body["serialized_named_tensors"]) == 1
-        payload = torch.load(io.BytesIO(base64.b64decode(body["serialized_named_tensors"][0])), weights_only=True)
+        assert body["load_format"] in (None, "flattened_bucket")
+        given = [io.BytesIO(base64.b64decode(text)) for text in body["serialized_named_tensors"]]
+        payload, *others = payloads = [torch.load(file, weights_only=True) for file in given]
+        assert body["load_format"] is None or [p["gpu"] for p in payloads] == self.gpus, "a rank was given another GPU's memory"
+        assert all(torch.equal(payload["flattened_tensor"], other["flattened_tensor"]) for other in others)
         for name, tensor in payload["named_tensors"] if body["load_format"] is None else _views(payload):
             held = self.weights.get(name)
             if held is None or held.shape != tensor.shape:
@@ -241,7 +246,8 @@ class FakeSGLang:
     # --- what it says of itself --------------------------------------------------------------------------------------
 
     async def _on_server_info(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
-        return 200, {"version": self.version, "context_length": None, "tp_size": 1, "load_format": "auto"}
+        place = {"tp_size": len(self.gpus), "base_gpu_id": self.gpus[0], "gpu_id_step": 1}
+        return 200, {"version": self.version, "context_length": None, "load_format": "auto", **place}
 
     async def _on_model_info(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
         return 200, {"model_path": str(self.folder), "model_type": self.model_type, "weight_version": self.weight_version}
@@ -261,7 +267,10 @@ async def main(arguments: list[str]) -> None:
     fault = values.get("--fake-fault", "")
     if fault == "oom":
         sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.")
+    if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        sys.exit("torch.distributed.DistNetworkError: the server's ranks wait for the store of another launch")
     server = FakeSGLang(Path(values["--model-path"]))
+    server.gpus = [int(values["--base-gpu-id"]) + rank for rank in range(int(values["--tp-size"]))]
     if fault.isdigit():
         marker = server.folder / "died"  # it dies once
         server.dies_after = None if marker.exists() else int(fault)

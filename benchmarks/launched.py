@@ -1,0 +1,60 @@
+"""Processes that a benchmark starts, torchrun's among them: a log each, a deadline, and an end with all their children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_END_S = 15.0  # between SIGTERM and SIGKILL
+
+
+def torchrun(ranks: int, *program: str | Path) -> list[str]:
+    """A command that starts `program` on so many ranks of this machine, which find each other at a free port."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, *map(str, program)]
+
+
+class Job:
+    """One process in a group of its own, with the checkout on its path. What it prints is in `log`."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.log = log
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+        with log.open("wb") as out:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit code; None where it had to be ended."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(max(seconds, 0.0))
+        self.end()
+        return None
+
+    def end(self) -> None:
+        """SIGTERM to it and its children, SIGKILL to what is left."""
+        for sign, patience_s in ((signal.SIGTERM, _END_S), (signal.SIGKILL, _END_S)):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, sign)
+            until = time.monotonic() + patience_s
+            while time.monotonic() < until and (self._process.poll() is None or self._has_children()):
+                time.sleep(0.1)
+
+    def tail(self, lines: int = 25) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def _has_children(self) -> bool:
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True

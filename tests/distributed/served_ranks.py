@@ -1,0 +1,36 @@
+"""Two ranks of a run whose servers are SGLang's fake, forked from the zygote. Judged by `test_served.py`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from megatron_rl import config as configuration
+from megatron_rl import loop, run
+from megatron_rl.serving_sglang import SGLangServing
+from tests.distributed.ranks import Meeting, run_ranks
+from tests.resume.recipe import write_recipe
+
+FAKE = Path(__file__).parents[1] / "rollout" / "engines" / "fake_sglang.py"
+LAYOUTS = {
+    "TP, a server of two ranks": ["training.tensor_parallel=2", "rollout.sglang.tensor_parallel=2"],
+    "DP, two servers": ["training.distributed_optimizer=true", "rollout.sglang.engines=2"],
+}
+
+
+def train_served(folder: str) -> int:
+    write_recipe(Path(folder), iterations=2)
+    return run_ranks(run_rank, 2, Path(folder))
+
+
+def run_rank(meeting: Meeting, folder: Path) -> None:
+    from tests.rollout.engines.fake_sglang import serialize
+
+    program = (sys.executable, str(FAKE))
+    run.SGLangServing = partial(SGLangServing, program=program, serialize=lambda: serialize)  # type: ignore[misc,assignment]
+    for name, overrides in LAYOUTS.items():
+        settings = [f"run.folder={folder / name}", "rollout.engine=sglang", "weights.bucket_bytes=4096", *overrides]
+        config = configuration.load(folder / "config.yaml", settings)
+        meeting.prepare()
+        assert loop.train(config) == 0

@@ -1,0 +1,98 @@
+"""A run of two ranks on servers that each read the memory of the trainer's rank on their own GPU; and in which order.
+
+The fake refuses a payload that comes from another GPU's rank, and to start with torchrun's variables around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rl.rollout.engines.sglang_server import without_launch
+from megatron_rl.weights.handles import Handles
+from megatron_rl.weights.transport import FlatBucket, send
+from tests.distributed.served_ranks import LAYOUTS, train_served
+from tests.zygote import Zygote
+
+
+def test_two_ranks_train_on_servers_that_share_their_gpus(tmp_path: Path, zygote: Zygote) -> None:
+    log = tmp_path / "log"
+    assert zygote.run(train_served, tmp_path, log=log) == 0, log.read_text()[-6000:]
+    for name in LAYOUTS:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if "loss" in row]
+        assert rows and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in rows), name
+        assert all(row[f"time/{turn}_s"] > 0 for row in rows for turn in ("release", "onload", "offload", "resume", "publish"))
+
+
+class _Ranks:
+    """Threads that stand for ranks: `gather_all` between them."""
+
+    def __init__(self, count: int) -> None:
+        self._values: list[Any] = [None] * count
+        self._barrier = threading.Barrier(count, timeout=20)
+
+    def gather_all(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_rank_writes_into_a_buffer_before_what_lay_there_was_delivered(fails: bool) -> None:
+    """Two ranks, three server ranks on GPUs 1, 0 and 7, where no trainer's rank is. A delivery looks at every rank's memory
+    when it begins and when it ends."""
+    ranks, lent, found = _Ranks(2), {}, []
+
+    def serialize(rank: int, bucket: FlatBucket) -> str:
+        name = f"{rank}/{len(lent)}"
+        lent[name] = bucket.data
+        return name
+
+    def look(payloads: list[str]) -> list[list[int]]:
+        return [[int(lent[name].view(torch.int64)[i]) for i in (0, -1)] for name in payloads]
+
+    def buckets(rank: int) -> Any:
+        for i in range(6):
+            yield [("a", torch.full((2,), 10 * i + rank)), ("b", torch.full((2,), 10 * i + rank))]
+
+    def deliver_here(payloads: list[str]) -> None:
+        before = look(payloads)
+        threading.Event().wait(0.01)  # as long as a server might take: a rank that did not wait would write meanwhile
+        found.append((before, look(payloads)))
+        if fails and len(found) == 3:
+            raise ValueError("refused")
+
+    async def publish(rank: int) -> int:
+        handles = Handles(lambda: lambda bucket: serialize(rank, bucket), lambda value: ranks.gather_all(rank, value), rank=rank)
+        handles.begin([1, 0, 7] if rank == 0 else [])
+        loop = asyncio.get_running_loop()
+        receivers = [deliver_here] if rank == 0 else []
+        return await send(buckets(rank), handles, lambda payloads: [loop.run_in_executor(None, r, payloads) for r in receivers])
+
+    other = threading.Thread(target=lambda: asyncio.run(publish(1)))
+    other.start()
+    if fails:
+        with pytest.raises(ValueError, match="refused"):
+            asyncio.run(publish(0))
+    else:
+        assert asyncio.run(publish(0)) == 6 * 32
+    other.join(20)
+    assert not other.is_alive(), "it was led to the end"
+    wanted = [[[10 * i + rank] * 2 for rank in (1, 0, 0)] for i in range(3 if fails else 6)]
+    assert found == [(bucket, bucket) for bucket in wanted]
+
+
+def test_a_server_does_not_inherit_its_trainers_place_among_the_ranks() -> None:
+    told = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
+    told += ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID")
+    kept = {"NCCL_NVLS_ENABLE": "0", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0,1", "MY_RANK": "1"}
+    assert without_launch({**dict.fromkeys(told, "1"), **kept}) == kept
