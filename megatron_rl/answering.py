@@ -48,6 +48,12 @@ def folder_engine(config: Config, folder: Path, name: str) -> EmbeddedEngine:
     )
 
 
+def sampling_at(config: Config, tokenizer: ChatTokenizer, temperature: float) -> Sampling:
+    """As `rollout.top_p`, `top_k` and `min_p` say, at this temperature; at 0 the best token, whatever they say."""
+    r = config.rollout
+    return Sampling(temperature, r.top_p, r.top_k, r.min_p, seed=config.run.seed, stop_token_ids=tokenizer.stop_token_ids)
+
+
 async def answer(
     engines: Sequence[Engine],
     tokenizer: ChatTokenizer,

@@ -105,17 +105,19 @@ def evaluate(
     ] = None,
     list_sets: Annotated[bool, typer.Option("--list", help="name the ready-made sets, and do nothing else")] = False,
     greedy: Annotated[bool, typer.Option("--greedy", help="the likeliest token each time; default without --sampled")] = False,
-    sampled: Annotated[bool, typer.Option("--sampled", help="sample at rollout.temperature; with --greedy, after it")] = False,
+    sampled: Annotated[bool, typer.Option("--sampled", help="sample as `rollout` says; with --greedy, after it")] = False,
     samples: Annotated[int, typer.Option(min=1, help="sampled responses for each prompt")] = 1,
     record: Annotated[
         Moment | None, typer.Option(help="also put the result into the run's evaluation.json, which its report shows")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="also write the result as a page")] = None,
 ) -> None:
-    """Score a model on the prompts that training never draws, or on a set: a table on stderr, one JSON object on stdout."""
+    """Score a model on the prompts that training never draws, or on a set: a table on stderr, a JSON object on stdout."""
     if list_sets:
         _wide_console().print(sets_table())
         return
+    if samples > 1 and not sampled:
+        raise ConfigError(f"--samples {samples}: greedy responses to one prompt are all the same; add --sampled, or leave it out")
     is_bare = config is not None and config.is_dir()
     if config is None or (is_bare and not questions):
         raise ConfigError("eval: give a CONFIG, or a MODEL folder with --set; --list names the ready-made sets")
@@ -150,7 +152,9 @@ def curate(
     overrides: OverridesArgument = None,
     model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; default model.folder of the config")] = None,
     samples: Annotated[int, typer.Option(min=1, help="responses that make a pass rate (paper 2.1)")] = 10,
-    temperature: Annotated[float, typer.Option(min=0.01, help="their sampling temperature")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.01, help="their sampling temperature; the config's top_p, top_k and min_p hold too")
+    ] = 1.0,
     tries: Annotated[int, typer.Option(min=1, help="answers without reasoning, none of which may be right (paper 2.1)")] = 8,
     lowest: Annotated[float, typer.Option(min=0, max=1, help="least pass rate kept")] = 0.0,
     highest: Annotated[float, typer.Option(min=0, max=1, help="largest pass rate kept")] = 0.9,
@@ -233,11 +237,12 @@ def rl(
         int | None, typer.Option(min=1, help="longest response; default half of rollout.max_response_tokens")
     ] = None,
 ) -> None:
-    """Second RL phase: train as CONFIG says, with the length reward and much shorter responses, from a trained model."""
-    from megatron_rl.long2short.rl import overlay
+    """Second RL phase: train as CONFIG says, with the length reward and much shorter responses, from a trained model.
 
-    changes = overlay(configuration.load(config), out, model=model, max_tokens=max_tokens)
-    train(config, [*changes, *(overrides or [])])
+    Give the first phase's OVERRIDES again; of lengths, temperature, buffer and length reward they are the second's own."""
+    from megatron_rl.long2short.rl import second_phase
+
+    train(config, second_phase(config, overrides or [], out, model=model, max_tokens=max_tokens))
 
 
 @long2short.command()

@@ -2,8 +2,8 @@
 
 The folder it writes: `decisions.jsonl`, one line a prompt as it is decided, from which an interrupted curation goes on;
 at the end `kept.jsonl` (a `data.path`, with difficulty and tags), `dropped.jsonl` (with the reason) and `report.json`. Cheap
-rules come before generation, in which a bounded number of prompts is at a time. Refuses to go on with other settings than it
-began with. The rules: `data/curation.py`.
+rules come before generation, in which a bounded number of prompts is at a time. Refuses to go on with other settings or prompts
+than it began with. The rules: `data/curation.py`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.answering import answer, in_order
+from megatron_rl.answering import answer, in_order, sampling_at
 from megatron_rl.config import Config, dump
 from megatron_rl.data import curation
 from megatron_rl.data.curation import Verdict
+from megatron_rl.data.evaluation_sets import check_answers, check_room
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
 from megatron_rl.folder_engines import folder_engines
-from megatron_rl.resumable import bind_settings, read_log
+from megatron_rl.resumable import bind_settings, digest, read_log
 from megatron_rl.rewards.scorer import Scorer
-from megatron_rl.rollout.engines.base import Engine, Sampling
+from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.run_folder import write_atomically
 from megatron_rl.types import Prompt
 
@@ -60,13 +61,16 @@ class Decision:
 def curate(config: Config, model_folder: Path, out: Path, rules: Rules) -> dict[str, int]:
     """Decide every training prompt of `data`; returns how many got which verdict.
 
-    Raises DataError where `out` holds a curation with other settings, or nothing is left to keep."""
+    Raises DataError for prompts that cannot be answered or judged, where `out` holds another curation, and where nothing is left
+    to keep."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
     prompts = load_prompts(config.data, tokenizer).train
+    check_answers(prompts, "train", [term.name for term in config.rewards.terms])
+    check_room(prompts, "train", model_folder)
     out.mkdir(parents=True, exist_ok=True)
     decisive = {key: value for key, value in asdict(rules).items() if key != "in_flight"}
-    settings = json.dumps({"config": dump(config), "model": str(model_folder), "rules": decisive}, indent=2)
-    bind_settings(out, settings, conflict="holds a curation that began with other settings")
+    settings = {"config": dump(config), "model": str(model_folder), "rules": decisive, "prompts": digest(prompts)}
+    bind_settings(out, json.dumps(settings, indent=2), conflict="holds a curation that began with other settings or prompts")
     with asyncio.Runner() as runner, folder_engines(config, model_folder, runner, name="curation") as engines:
         decisions = runner.run(decide(config, engines, tokenizer, prompts, out / "decisions.jsonl", rules))
     return _write_results(config, prompts, decisions, out)
@@ -127,14 +131,13 @@ class _Judge:
         return Decision(prompt.id, verdict, f"pass rate {rate:g}, kept are {rules.lowest:g} to {rules.highest:g}", rate)
 
     async def _num_correct(self, i: int, prompt: Prompt, samples: int, max_tokens: int, *, first_sample: int) -> int:
-        seed, stop = self.config.run.seed, self.tokenizer.stop_token_ids
         (responses,) = await answer(
             [self.engines[i % len(self.engines)]],
             self.tokenizer,
             self.scorer,
             [prompt],
             samples=samples,
-            sampling=Sampling(self.rules.temperature, seed=seed, stop_token_ids=stop),
+            sampling=sampling_at(self.config, self.tokenizer, self.rules.temperature),
             max_tokens=max_tokens,
             first_id=i * (self.rules.samples + self.rules.tries) + first_sample,
         )

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rl.answering import Response, answer
+from megatron_rl.answering import Response, answer, sampling_at
 from megatron_rl.config import Config, RewardsConfig
-from megatron_rl.data.evaluation_sets import load_set
+from megatron_rl.data.evaluation_sets import check_room, load_set
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.folder_engines import folder_engines
 from megatron_rl.rewards.scorer import Scorer
-from megatron_rl.rollout.engines.base import Engine, Sampling
+from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.statistics import bootstrap_interval, final_answer, majority_is_correct, pass_at_k
 
 
@@ -62,7 +62,8 @@ class Way:
 def evaluate(config: Config, model_folder: Path, *, split: str = "held_out", greedy: bool = True, samples: int = 1) -> dict:
     """Answer every prompt of `split` (a name as in `load_set`) `samples` times; returns the fields of Evaluation.
 
-    Raises DataError when the set is empty or a prompt has no answer, RewardError when a response could not be scored."""
+    Raises DataError when the set is empty, or a prompt has no answer or no room in the model's context; RewardError when a
+    response could not be scored."""
     return evaluate_ways(config, model_folder, [Way(greedy, samples)], split=split)[0]
 
 
@@ -70,13 +71,14 @@ def evaluate_ways(config: Config, model_folder: Path, ways: Sequence[Way], *, sp
     """`evaluate` in several ways, one after the other on engines that are started once."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
     questions = load_set(split, config, tokenizer)
+    check_room(questions.prompts, split, model_folder)
     limit, seed = config.rollout.max_response_tokens, config.run.seed
 
     async def respond(engines: Sequence[Engine]) -> list[list[list[Response]]]:
         scorer = Scorer(questions.rewards, config.rollout.repetition.penalty)
 
         async def one_way(way: Way) -> list[list[Response]]:
-            sampling = Sampling(_temperature(config, way), seed=seed, stop_token_ids=tokenizer.stop_token_ids)
+            sampling = sampling_at(config, tokenizer, _temperature(config, way))
             return await answer(
                 engines, tokenizer, scorer, questions.prompts, samples=way.samples, sampling=sampling, max_tokens=limit
             )

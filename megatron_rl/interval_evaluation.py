@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from megatron_rl.answering import EVALUATION_IDS, answer
+from megatron_rl.answering import EVALUATION_IDS, answer, sampling_at
 from megatron_rl.config import Config
 from megatron_rl.data.evaluation_sets import EvaluationSet, load_set, ready_made_rewards
 from megatron_rl.data.sources import PromptSet
@@ -20,7 +20,7 @@ from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import EngineError, RewardError
 from megatron_rl.evaluate import Evaluation, answer_prefix, summary
 from megatron_rl.rewards.scorer import Scorer
-from megatron_rl.rollout.engines.base import Engine, Sampling
+from megatron_rl.rollout.engines.base import Engine
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +66,12 @@ class IntervalEvaluation:
         limit_s = self._config.rollout.phase_timeout_s
         row: dict[str, float] = {}
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s) as deadline:
                 for number, questions in enumerate(self._sets):
                     row |= await self._scores(engines, questions, number)
         except TimeoutError as e:
+            if not deadline.expired():  # another wait's: it says itself what it waited for
+                raise
             names = ", ".join(engine.name for engine in engines)
             raise EngineError(
                 f"the evaluation of {', '.join(self._settings.names)} on {names} passed rollout.phase_timeout_s={limit_s:g}; "
@@ -91,7 +93,6 @@ class IntervalEvaluation:
     async def _scores(self, engines: Sequence[Engine], questions: EvaluationSet, number: int) -> dict[str, float]:
         e, config = self._settings, self._config
         prompts = questions.prompts[: e.prompts]
-        sampling = Sampling(e.temperature, seed=config.run.seed, stop_token_ids=self._tokenizer.stop_token_ids)
         try:
             responses = await answer(
                 engines,
@@ -99,7 +100,7 @@ class IntervalEvaluation:
                 self._own if self._own and questions.rewards.terms != config.rewards.terms else self._scorer,
                 prompts,
                 samples=e.samples,
-                sampling=sampling,
+                sampling=sampling_at(config, self._tokenizer, e.temperature),
                 max_tokens=e.max_tokens or config.rollout.max_response_tokens,
                 first_id=EVALUATION_IDS * (number + 1),
             )

@@ -85,7 +85,7 @@ def _train(run: Run, groups: list[Group], seconds: dict[str, float]) -> dict[str
         with _timed(run, seconds, "reference"):
             reference = trainer.log_probs(batch)
     with _timed(run, seconds, "train"):
-        stats = trainer.step(batch, run.objective, reference, epochs=run.config.training.epochs)
+        stats = run.step(batch, reference)
     return_freed_memory()
     run.check_mismatch(stats)
     with _timed(run, seconds, "publish"):

@@ -66,9 +66,14 @@ class Master:
             log.warning("%s", advice)
 
     def begin_lineage(self, iteration: int) -> str:
-        """Before any engine is made, for a run that goes on from `iteration`: run and lineage, what kept KV is bound to."""
+        """Before any engine is made, for a run that goes on from `iteration`: run and lineage, what kept KV is bound to.
+
+        Raises DataError where recorded batches would be trained again beside other conversations (`algorithm.ptx`)."""
         last = self.buffer.last_batch_iteration()
-        if last is not None and last >= iteration:
+        replays = last is not None and last >= iteration
+        if self.ptx:
+            self.ptx.bind(self.config.run.folder, replays=replays)
+        if replays:
             log.info("iterations %d to %d are trained again from their recorded batches", iteration, last)
             if torch.cuda.is_available():  # there a replay is close, not bit-exact: tokens of both lines must be told apart
                 self.buffer.bump_lineage()

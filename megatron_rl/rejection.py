@@ -3,14 +3,14 @@
 
 The folder it writes: `answers.jsonl`, every response as it is scored, from which an interrupted sampling goes on; at the end
 `sft.jsonl` (an `sft.path`), for long2short `pairs.jsonl` (a `dpo.path`), and `report.json`. What is kept follows from the
-answers alone: other rules need no new sampling. Refuses a folder whose answers were sampled in another way.
+answers alone: other rules need no new sampling, and their results replace those there. Refuses a folder whose answers were
+sampled in another way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -19,16 +19,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.answering import Response, answer
+from megatron_rl.answering import Response, answer, sampling_at
 from megatron_rl.config import Config
+from megatron_rl.data.evaluation_sets import check_answers, check_room
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
 from megatron_rl.folder_engines import folder_engines
 from megatron_rl.long2short.selection import preference_pairs
-from megatron_rl.resumable import bind_settings, read_log
+from megatron_rl.resumable import bind_settings, digest, read_log
 from megatron_rl.rewards.scorer import Scorer
-from megatron_rl.rollout.engines.base import Engine, Sampling
+from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.run_folder import write_atomically
 from megatron_rl.types import Ending, Prompt
 
@@ -48,12 +49,15 @@ class Rules:
 
 
 def select(responses: Sequence[Response], rules: Rules) -> tuple[list[Response], Counter[str]]:
-    """The responses of one prompt that are kept, and why the others are not. A cut-off response is never right here."""
+    """The responses of one prompt that are kept, and why the others are not. A cut-off response is never right here, nor is one
+    without a text, whatever the verifier says: it would teach to answer nothing."""
     why: Counter[str] = Counter()
     right: list[Response] = []
     for r in responses:
         if not r.is_correct or r.ending is not Ending.STOP:
             why["cut off" if r.ending is not Ending.STOP else "wrong"] += 1
+        elif not r.text.strip():
+            why["blank"] += 1
         elif rules.max_tokens is not None and r.num_tokens > rules.max_tokens:
             why["too long"] += 1
         elif any(r.text == other.text for other in right):
@@ -68,9 +72,12 @@ def select(responses: Sequence[Response], rules: Rules) -> tuple[list[Response],
 
 
 def write_data(config: Config, model_folder: Path, out: Path, rules: Rules) -> dict[str, Any]:
-    """Sample, score, select; returns the report. Raises DataError when no response is kept: the file would be empty."""
+    """Sample, score, select; returns the report. Raises DataError for prompts that cannot be answered or judged, and when no
+    response is kept: the file would be empty."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
     prompts = load_prompts(config.data, tokenizer).train
+    check_answers(prompts, "train", [term.name for term in config.rewards.terms])
+    check_room(prompts, "train", model_folder)
     out.mkdir(parents=True, exist_ok=True)
     _check_settings(out, config, model_folder, rules.samples, prompts)
     log_file = out / "answers.jsonl"
@@ -92,7 +99,7 @@ async def _answer_rest(
 ) -> None:
     """Extends `answers`, a part of the prompts at a time. Request ids follow from a prompt's place."""
     r = config.rollout
-    sampling = Sampling(r.temperature, r.top_p, r.top_k, r.min_p, seed=config.run.seed, stop_token_ids=tokenizer.stop_token_ids)
+    sampling = sampling_at(config, tokenizer, r.temperature)
     scorer = Scorer(config.rewards, r.repetition.penalty)
     try:
         while len(answers) < len(prompts):
@@ -115,8 +122,7 @@ def _check_settings(out: Path, config: Config, model_folder: Path, samples: int,
     sections = ("model", "data", "rollout", "rewards")
     settings: dict[str, Any] = config.model_dump(mode="json", include=set(sections))
     settings |= {"seed": config.run.seed, "model_folder": str(model_folder), "samples": samples}
-    settings["prompts"] = hashlib.sha256("\n".join(prompt.id for prompt in prompts).encode()).hexdigest()
-    text = json.dumps(settings, indent=2, sort_keys=True)
+    text = json.dumps(settings | {"prompts": digest(prompts)}, indent=2, sort_keys=True)
     bind_settings(out, text, conflict="holds answers sampled with other settings or prompts")
 
 
@@ -141,6 +147,8 @@ def _write_results(
             {"messages": messages, "chosen": a.text, "rejected": b.text, "num_tokens": [a.num_tokens, b.num_tokens]}
             for a, b in (preference_pairs(row) if rules.pairs else ())
         ]
+    for name in ("sft.jsonl", "pairs.jsonl"):  # of other rules: never beside this report
+        (out / name).unlink(missing_ok=True)
     num_tokens = [line["num_tokens"] for line in lines]
     report = {
         "prompts": len(prompts),
@@ -159,8 +167,10 @@ def _write_results(
             "samples or rollout.max_response_tokens"
         )
     _write_lines(out / "sft.jsonl", lines)
-    if rules.pairs:
+    if pairs:
         _write_lines(out / "pairs.jsonl", pairs)
+    elif rules.pairs:
+        log.warning("%s: no pair: no prompt has a right response and a longer one to reject; pairs.jsonl is not written", out)
     return report
 
 

@@ -5,12 +5,15 @@ Users: `curate.py`, `rejection.py`. A training run resumes by its checkpoints an
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import DataError
 from megatron_rl.run_folder import write_atomically
+from megatron_rl.types import Prompt
 
 
 def bind_settings(folder: Path, text: str, *, conflict: str) -> None:
@@ -19,6 +22,12 @@ def bind_settings(folder: Path, text: str, *, conflict: str) -> None:
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise DataError(f"{folder}: {conflict}; choose another folder, or remove it")
     write_atomically(file, text)
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """Of what work on prompts depends on beside the settings: which they are, in order, and how responses are judged."""
+    told = json.dumps([(p.id, p.answer, p.verifier) for p in prompts])
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def read_log(file: Path) -> list[Any]:

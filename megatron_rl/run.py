@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_rl.algorithms import Objective, make_algorithm
 from megatron_rl.config import Config, check_model, check_world
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import EngineError, TrainingError
 from megatron_rl.master import Master
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.orders import Orders
@@ -24,7 +24,7 @@ from megatron_rl.serving_sglang import SGLangServing
 from megatron_rl.shutdown import Shutdown
 from megatron_rl.training import checkpoint, parallel
 from megatron_rl.training.phase_memory import PhaseMemory
-from megatron_rl.training.trainer import Trainer
+from megatron_rl.training.trainer import Reference, Trainer, TrainingBatch
 from megatron_rl.weights.folder import write_model_folder
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,19 @@ class Run:
         self.version = extra["version"]
         log.info("resuming from %s: iteration %d, weight version %d", newest, self.iteration, self.version)
         return extra
+
+    def step(self, batch: TrainingBatch, reference: Reference | None) -> dict[str, float]:
+        """All optimizer steps of the iteration. Raises TrainingError, on every rank, where a loss or gradient is not finite; the
+        checkpoints there are stay."""
+        try:
+            return self.trainer.step(batch, self.objective, reference, epochs=self.config.training.epochs)
+        except TrainingError as e:
+            given = "; id -n is the n-th conversation of algorithm.ptx.path" if any(i < 0 for i in e.trajectory_ids) else ""
+            raise TrainingError(
+                f"iteration {self.iteration}: {e}{given}. The checkpoint before iteration {self.saved_iteration} is the last; "
+                "the same command goes on from it and trains the recorded batches again",
+                trajectory_ids=e.trajectory_ids,
+            ) from e
 
     def publish(self, version: int) -> None:
         """Give the trainer's weights to every engine. Collective; no request runs anywhere meanwhile."""
@@ -105,12 +118,7 @@ def open_run(config: Config) -> Iterator[Run]:
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
         runner = stack.enter_context(asyncio.Runner())
-        master, identity = None, ""
-        if ranks.rank == 0:
-            master = Master(config, model, open_folder(config), runner)
-            checkpoint.remove_leftovers(config.run.folder)
-            stack.callback(master.close)
-            identity = master.begin_lineage(checkpoint.latest_iteration(config.run.folder))
+        master, identity = parallel.on_rank_0(partial(_open_master, config, model, runner, stack)) or (None, "")
         trainer = Trainer(config, model)
         serving = _open_serving(config, model, ranks, runner, trainer, identity)
         stack.callback(serving.close)
@@ -123,6 +131,14 @@ def open_run(config: Config) -> Iterator[Run]:
         if master:
             master.start(serving.engines, iteration=run.iteration, state=state)
         yield run
+
+
+def _open_master(config: Config, model: ModelConfig, runner: asyncio.Runner, stack: ExitStack) -> tuple[Master, str]:
+    """And what kept KV is bound to."""
+    master = Master(config, model, open_folder(config), runner)
+    stack.callback(master.close)
+    checkpoint.remove_leftovers(config.run.folder)
+    return master, master.begin_lineage(checkpoint.latest_iteration(config.run.folder))
 
 
 def _open_serving(

@@ -1,7 +1,7 @@
 """The folder of a run: its resolved configuration, its identity, and whether it may be continued.
 
 `runs/<name>/`: config.yaml, run.json, metrics.jsonl, buffer.sqlite, checkpoints/, report.html, hf/, log/; a supervised run has
-course.json in place of the buffer.
+course.json in place of the buffer; one with a PTX term has ptx.json, what it draws from.
 """
 
 from __future__ import annotations

@@ -130,6 +130,7 @@ def test_the_module_form_is_the_same_command():
         (["train", "CONFIG", "rollout.groupsize=4"], "rollout.groupsize: no such setting; the nearest is rollout.group_size"),
         (["train", "CONFIG", "rollout.group_size=1"], "rollout.group_size=1: a group baseline needs at least 2"),
         (["eval"], "eval: give a CONFIG, or a MODEL folder with --set; --list names the ready-made sets"),
+        (["eval", "CONFIG", "--samples", "4"], "--samples 4: greedy responses to one prompt are all the same; add --sampled"),
         (["eval", "."], "eval: give a CONFIG, or a MODEL folder with --set"),
         (["eval", ".", "--set", "gcd", "--record", "after"], "--record: a MODEL folder is no run"),
         (["long2short", "plot", "."], "plot: . is a model folder; say with --set what to evaluate it on"),
@@ -233,8 +234,23 @@ def test_the_second_phase_trains_as_the_first_but_for_model_length_and_length_re
         assert second.rollout.temperature == 0.5 and second.rollout.temperature_decay.end is None
         assert second.sampler == first.sampler
         assert second.data == first.data and second.training == first.training and second.algorithm == first.algorithm
-    code, _, err = run("long2short", "rl", config_file, "--max-tokens", "16", "--out", "x")
-    assert code == 2 and "--max-tokens 16: must be less than the first phase's rollout.max_response_tokens=16" in err
+    for longer in (["--max-tokens", "16"], ["rollout.max_response_tokens=16"]):
+        code, _, err = run("long2short", "rl", config_file, *longer, "--out", "x")
+        assert code == 2 and "max_response_tokens=16 of the second phase: must be less than the first phase's 16" in err
+    code, _, err = run("long2short", "rl", config_file, "model.folder=x", "--out", "x")
+    assert code == 2 and "model.folder=x: the second phase starts from a trained model; give it as --model" in err
+
+
+def test_a_first_phase_that_was_begun_with_overrides_is_found_with_them(run, config_file, tmp_path, monkeypatch):
+    seen = []
+    stub(monkeypatch, "megatron_rl.loop", train=lambda settings: seen.append(settings) or 0)
+    trained = tmp_path / "elsewhere" / "hf"
+    trained.mkdir(parents=True)
+    (trained / "config.json").write_text("{}")
+    given = [f"run.folder={trained.parent}", "rollout.temperature_decay={end: 0.25}", "rollout.token_budget=3"]
+    assert run("long2short", "rl", config_file, *given, "--out", tmp_path / "short") == (0, "", "")
+    assert (seen[0].model.folder, seen[0].run.folder) == (trained, tmp_path / "short")
+    assert (seen[0].rollout.temperature, seen[0].rollout.temperature_decay.end, seen[0].rollout.token_budget) == (0.25, None, 3)
 
 
 def test_convert_hands_its_options_on(run, tmp_path, monkeypatch):

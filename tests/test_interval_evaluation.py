@@ -9,10 +9,14 @@ from megatron_rl.config import Config
 from megatron_rl.data.sources import PromptSet
 from megatron_rl.errors import EngineError
 from megatron_rl.interval_evaluation import IntervalEvaluation
+from megatron_rl.rollout.engines.base import Sampling
 from megatron_rl.types import Message, Outcome, OutcomeKind, Prompt
 from tests.rollout.fake_engine import STOP, FakeEngine
 
 PROMPTS = tuple(Prompt(f"p{i}", (Message("user", "?"),), np.arange(3, dtype=np.int32), "1", "exact") for i in range(4))
+
+
+TRUNCATED = {"top_p": 0.9, "top_k": 5, "min_p": 0.1}
 
 
 class Tokenizer:
@@ -32,14 +36,14 @@ class Scorer:
         return Outcome(OutcomeKind.VALUE, 1.0, prompt.id == "p0")
 
 
-def evaluation(scorer, **rollout):
+def evaluation(scorer, temperature=0.0, **rollout):
     config = Config.model_validate(
         {
             "run": {"folder": "unused", "iterations": 7},
             "model": {"folder": "unused"},
             "data": {"source": "reasoning_gym", "task": "none", "held_out": 4},
             "rollout": {"groups_per_iteration": 1, "token_budget": 8, "max_response_tokens": 8} | rollout,
-            "evaluation": {"every": 3},
+            "evaluation": {"every": 3, "temperature": temperature},
         }
     )
     return IntervalEvaluation(config, Tokenizer(), PromptSet(PROMPTS[:1], PROMPTS), scorer)
@@ -63,6 +67,21 @@ def test_an_engine_that_fails_or_hangs_ends_the_run_and_is_named():
         asyncio.run(evaluation(Scorer()).run([dead]))
     with pytest.raises(EngineError, match=r"evaluation of held_out on fake-1 passed rollout.phase_timeout_s=0.05; raise it, or"):
         asyncio.run(evaluation(Scorer(), phase_timeout_s=0.05).run([hung]))
+
+
+def test_responses_are_sampled_as_the_rollouts_are_but_for_the_temperature():
+    engine = FakeEngine(lambda _: 4)
+    asyncio.run(evaluation(Scorer(), temperature=0.5, temperature_decay={"end": 0.2}, **TRUNCATED).run([engine]))
+    assert {r.sampling for r in engine.requests} == {Sampling(0.5, 0.9, 5, 0.1, seed=0, stop_token_ids=(STOP,))}
+
+
+def test_another_waits_timeout_is_not_taken_for_the_deadline():
+    class Slow(Scorer):
+        async def score(self, prompt, response, ending):
+            raise TimeoutError("the judge's server")
+
+    with pytest.raises(TimeoutError, match="the judge's server"):
+        asyncio.run(evaluation(Slow()).run([FakeEngine(lambda _: 4)]))
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_rl import config as configuration
-from megatron_rl import folder_engines, rejection
+from megatron_rl import curate, folder_engines, rejection
 from megatron_rl.answering import Response
 from megatron_rl.data.conversations import read_conversations, read_pairs
 from megatron_rl.data.tokenizer import ChatTokenizer
@@ -33,16 +33,18 @@ def response(text: str, num_tokens: int, right: bool = True, ending: Ending = En
 def test_right_and_ended_responses_are_kept_as_the_rules_say(rules, kept, why):
     cut, wrong, again = response("c", 1, ending=Ending.LENGTH), response("d", 1, right=False), response("b", 8)
     rows = [cut, response("long", 30), wrong, response("b", 8), again, response("a", 5)]
-    found, others = select(rows, rules)
+    found, others = select([*rows, response(" ", 2)], rules)
     assert [r.text for r in found] == kept
-    assert others == {"cut off": 1, "wrong": 1, "repeat": 1, **why}
+    assert others == {"cut off": 1, "wrong": 1, "repeat": 1, "blank": 1, **why}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rejection")
     opening = ["data.system_message=s", "data.worked_turns=[{question: q, answer: a}]"]
-    return configuration.load(write_recipe(folder, iterations=1), [f"run.folder={folder / 'run'}", "data.held_out=18", *opening])
+    longer = "rollout.max_response_tokens=20"  # most responses end by themselves
+    settings = [f"run.folder={folder / 'run'}", "data.held_out=18", longer, *opening]
+    return configuration.load(write_recipe(folder, iterations=1), settings)
 
 
 def test_a_sampling_that_was_killed_goes_on_to_the_same_files_and_they_can_be_trained_on(config, tmp_path, monkeypatch):
@@ -74,6 +76,10 @@ def test_a_sampling_that_was_killed_goes_on_to_the_same_files_and_they_can_be_tr
 
     other = write_data(config, model, answers.parent, Rules(samples=8, keep="all"))  # nothing is sampled again
     assert other["kept"] == report["kept"] + report["not_kept"].get("surplus", 0)
+    assert not (answers.parent / "pairs.jsonl").exists(), "of other rules than the report's"
+    with pytest.raises(DataError, match="no response to the 18 prompts is kept: .*'too long'"):
+        write_data(config, model, answers.parent, replace(rules, max_tokens=1))
+    assert not (answers.parent / "sft.jsonl").exists(), "what is there is of the last rules"
     with pytest.raises(DataError, match="sampled with other settings or prompts; choose another folder"):
         write_data(config, model, answers.parent, Rules(samples=7))
     load = rejection.load_prompts
@@ -89,6 +95,8 @@ def test_an_sglang_server_is_started_with_the_folder_and_answers_as_well(config,
     served = configuration.load(recipe, settings)
     report = write_data(served, config.model.folder, tmp_path / "out", Rules(samples=4))
     assert report["responses"] == 40 and report["kept"] > 0
+    counts = curate.curate(served, config.model.folder, tmp_path / "curated", curate.Rules(samples=2, tries=1, highest=1))
+    assert sum(counts.values()) == 10
     given = configuration.load(recipe, [*settings, "rollout.sglang.urls=[http://127.0.0.1:1]"])
     with pytest.raises(ConfigError, match="may hold other weights than .*model; leave the setting out"):
         write_data(given, config.model.folder, tmp_path / "given", Rules(samples=2))

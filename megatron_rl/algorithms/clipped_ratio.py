@@ -6,7 +6,7 @@ pi_i is the policy at the iteration's start, computed by the trainer: the proxim
 (arXiv 2110.00641). What sampled the token may be older or another engine: `importance.py` corrects for that, apart.
 The same objective serves `ppo` (A centred, mean over the step's tokens; departure: no value network), `grpo`
 (arXiv 2402.03300: A standardized, mean over each response), `dr_grpo` (arXiv 2503.20783: A centred, constant denominator) and
-`reinforce_pp` (arXiv 2501.03262: A whitened over the batch, mean over tokens; departure: its KL is `algorithm.kl`, in the
+`reinforce_pp` (arXiv 2501.03262: A whitened over the batch, mean over tokens; departure: its KL is `algorithm.kl_weight`, in the
 coefficient of each token, not in the reward that is whitened).
 """
 

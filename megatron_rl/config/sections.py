@@ -291,7 +291,9 @@ class EvaluationConfig(Section):
     )
     prompts: Positive | None = setting(None, "prompts of each set at most, the first ones; none: all", ours=True)
     samples: Positive = setting(1, "responses to each prompt", ours=True)
-    temperature: float = setting(0.0, "their sampling temperature; 0 is greedy", ge=0, ours=True)
+    temperature: float = setting(
+        0.0, "their sampling temperature; 0 is greedy; above it rollout.top_p, top_k and min_p hold as well", ge=0, ours=True
+    )
     max_tokens: Positive | None = setting(None, "tokens of a response; default rollout.max_response_tokens [tokens]", ours=True)
 
     @property

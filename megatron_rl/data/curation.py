@@ -29,7 +29,9 @@ class Verdict(StrEnum):
 
 
 _OPTION = re.compile(r"(?:^|\s)\(?([A-E])[).:]\s", re.MULTILINE)
-_LETTER = re.compile(r"\(?[a-e]\)?\.?")
+_CHOSEN = re.compile(
+    r"(?:option |choice )?\(?[a-e](?:[).:].*)?"
+)  # of a normalised answer: a letter, and perhaps what it stands for
 _PROOF = re.compile(r"\b(?:prove|show) that\b|^prove\b", re.IGNORECASE)
 _BINARY = {"true", "false", "yes", "no"}
 
@@ -42,11 +44,18 @@ def question(prompt: Prompt) -> str:
 def guessable(prompt: Prompt) -> Verdict | None:
     """The kind of a prompt whose answer can be guessed or cannot be checked; None for all others."""
     answer, text = normalised(prompt.answer), question(prompt)
-    if _LETTER.fullmatch(answer) and len(set(_OPTION.findall(text))) >= 2:
+    if _is_choice(answer, text):
         return Verdict.MULTIPLE_CHOICE
     if answer.rstrip(".") in _BINARY:
         return Verdict.TRUE_FALSE
     return Verdict.PROOF if _PROOF.search(text) else None
+
+
+def _is_choice(answer: str, text: str) -> bool:
+    """Whether the text lists options, and the answer is the letter or the wording of one."""
+    _, *parts = _OPTION.split(text)  # letter, what stands behind it, letter, ...
+    wordings = {normalised(wording).rstrip(".,;?") for wording in parts[1::2]}
+    return len(set(parts[0::2])) >= 2 and (bool(_CHOSEN.fullmatch(answer)) or answer.rstrip(".") in wordings)
 
 
 def answer_kind(answer: str) -> str:

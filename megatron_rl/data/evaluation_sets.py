@@ -16,6 +16,7 @@ from megatron_rl.config import Config, DataConfig, RewardsConfig, RewardTerm
 from megatron_rl.data.ready_made import PREFIX, SEED, SIZE, SYSTEM_MESSAGE, ready_made
 from megatron_rl.data.sources import Encoder, PromptSet, load_prompts
 from megatron_rl.errors import DataError
+from megatron_rl.model_config import ModelConfig
 from megatron_rl.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,17 @@ def load_set(name: str, config: Config, tokenizer: Encoder, prompts: PromptSet |
 def ready_made_rewards(rewards: RewardsConfig) -> RewardsConfig:
     """How the responses to any ready-made set are scored: by the task's own scorer, on what follows the prefix."""
     return rewards.model_copy(update={"terms": (RewardTerm(name="reasoning_gym", options={"prefix": PREFIX}),)})
+
+
+def check_room(prompts: Sequence[Prompt], name: str, model_folder: Path) -> None:
+    """Raises DataError for a prompt that leaves no room for a response in the model's context."""
+    context = ModelConfig.from_folder(model_folder).max_positions
+    if long := [p for p in prompts if len(p.token_ids) >= context]:
+        raise DataError(
+            f"set {name}: {len(long)} of its {len(prompts)} prompts leave no room for a response in the model's context of "
+            f"{context} tokens (the first has {len(long[0].token_ids)} and begins {long[0].messages[-1].content[:40]!r}); "
+            "shorten them or leave them out"
+        )
 
 
 def check_answers(prompts: Sequence[Prompt], name: str, terms: Sequence[str]) -> None:

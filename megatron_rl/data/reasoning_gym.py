@@ -2,7 +2,8 @@
 set, `data.set`; `data.size` and `data.seed`.
 
 The entry that the task's own scorer needs travels in the prompt's tags as JSON; `rewards/reasoning_gym.py` reads it.
-Refuses unknown tasks and options, and tasks whose scorer does not accept their own answer once the entry was JSON.
+Refuses unknown tasks and options, tasks whose scorer does not accept their own answer once the entry was JSON, and those whose
+scorer executes the response.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from megatron_rl.config import DataConfig
 from megatron_rl.data.ready_made import ready_made
 from megatron_rl.data.records import Record
 from megatron_rl.errors import DataError
-from megatron_rl.rewards.reasoning_gym import ENTRY_TAG, TASK_TAG
+from megatron_rl.rewards.reasoning_gym import ENTRY_TAG, TASK_TAG, refusal
 from megatron_rl.types import Message
 
 
@@ -30,6 +31,8 @@ def generate(config: DataConfig) -> list[Record]:
     if task not in DATASETS:
         nearest = difflib.get_close_matches(task, DATASETS, n=1, cutoff=0.0)[0]
         raise DataError(f"data.task={task}: reasoning-gym has no such task; the nearest is {nearest}")
+    if reason := refusal(task):
+        raise DataError(f"data.task={task}: {reason}")
     try:
         dataset = reasoning_gym.create_dataset(task, **options, size=config.size, seed=config.seed)
     except (TypeError, ValueError, AssertionError) as e:

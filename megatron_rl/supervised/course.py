@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +57,7 @@ class Course:
     @property
     def digest(self) -> str:
         """Of tokens and masks, in order: whether a resumed run reads what it read before."""
-        found = hashlib.sha256()
-        for item in self.items:
-            for s in item.sequences:
-                for array in (s.prompt_ids, s.response_ids, s.loss_mask):
-                    found.update(len(array).to_bytes(8, "little") + array.tobytes())
-        return found.hexdigest()
+        return digest(s for item in self.items for s in item.sequences)
 
 
 def make_course(
@@ -97,6 +92,15 @@ def make_course(
         seed=config.run.seed,
     )
     return Course(kept, tuple(steps), len(long), denominator)
+
+
+def digest(sequences: Iterable[TrainingSequence]) -> str:
+    """Of their tokens and masks, in order."""
+    found = hashlib.sha256()
+    for s in sequences:
+        for array in (s.prompt_ids, s.response_ids, s.loss_mask):
+            found.update(len(array).to_bytes(8, "little") + array.tobytes())
+    return found.hexdigest()
 
 
 def sequence(example: Example, *, group_id: int, trajectory_id: int, advantage: float, is_supervised: bool) -> TrainingSequence:

@@ -1,10 +1,14 @@
 """The PTX term (K2 3.2): given conversations beside the sampled ones in every optimizer step of reinforcement learning.
 
 Which ones follows from the seed, the iteration and the step alone, so an iteration that is trained again after a resume is given
-the same. Their weights hold the term's own denominator; `algorithms/cross_entropy.py` gives them their coefficients.
+the same; where the data changed in between, `bind` refuses. Their weights hold the term's own denominator;
+`algorithms/cross_entropy.py` gives them their coefficients.
 """
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +17,8 @@ from megatron_rl.data.conversations import read_conversations
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
 from megatron_rl.model_config import ModelConfig
-from megatron_rl.supervised.course import sequence
+from megatron_rl.run_folder import write_atomically
+from megatron_rl.supervised.course import digest, sequence
 from megatron_rl.types import TrainingSequence
 
 
@@ -29,10 +34,23 @@ class PTX:
                     f"{example.where}: {len(example.token_ids)} tokens, more than the model's context of {model.max_positions}; "
                     "shorten or remove it"
                 )
-        self._weight, self._tokens, self._seed = settings.weight, settings.tokens, config.run.seed
+        self._path, self._weight, self._tokens, self._seed = settings.path, settings.weight, settings.tokens, config.run.seed
         self._sequences = [  # ids below those of groups and trajectories: -n is the n-th conversation
             sequence(e, group_id=-n, trajectory_id=-n, advantage=0.0, is_supervised=True) for n, e in enumerate(examples, start=1)
         ]
+
+    def bind(self, run_folder: Path, *, replays: bool) -> None:
+        """Note in the run folder what is drawn from. Raises DataError where it is other than at the last start and iterations
+        since then are trained again (`replays`): they would not become what they were."""
+        file = run_folder / "ptx.json"
+        now = {"tokens": self._tokens, "digest": digest(self._sequences)}
+        if replays and file.exists() and json.loads(file.read_text(encoding="utf-8")) != now:
+            raise DataError(
+                f"algorithm.ptx.path={self._path}, tokens={self._tokens}: gives other conversations than those that {run_folder} "
+                "trained on since its last checkpoint, and these iterations are now trained again; restore both the setting and "
+                "the file, and change them after a stop by SIGTERM, which saves"
+            )
+        write_atomically(file, json.dumps(now))
 
     def draw(self, iteration: int, step: int) -> list[TrainingSequence]:
         """Conversations of at least `algorithm.ptx.tokens` loss-bearing tokens, or all of them; weighed to a mean over tokens."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_rl.algorithms import Objective
 from megatron_rl.config import SupervisedConfig, check_supervised_model
@@ -165,6 +166,14 @@ class Run:
         )
 
 
+def _open_course(config: SupervisedConfig, method: Method, model: ModelConfig) -> Course:
+    course = method.load(model)
+    open_folder(config)
+    write_course(config.run.folder, course.facts)
+    checkpoint.remove_leftovers(config.run.folder)
+    return course
+
+
 @contextmanager
 def _open(config: SupervisedConfig, method: Method) -> Iterator[Run]:
     """In the order in which mistakes are cheap: settings, model shape, data, then the model."""
@@ -175,12 +184,7 @@ def _open(config: SupervisedConfig, method: Method) -> Iterator[Run]:
         logging.getLogger().setLevel(logging.WARNING)  # what all ranks would say, rank 0 says
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
-        course = None
-        if ranks.rank == 0:
-            course = method.load(model)
-            open_folder(config)
-            write_course(config.run.folder, course.facts)
-            checkpoint.remove_leftovers(config.run.folder)
+        course = parallel.on_rank_0(partial(_open_course, config, method, model))
         run = Run(config, method, Trainer(config, model), course)
         stack.callback(run.close)
         run.resume()

@@ -56,7 +56,9 @@ def plan_steps(
 
 
 def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
-    """Linear from 0 to lr_start over the warm-up, then half a cosine to lr_end at the stage's last step."""
+    """Of the stage's step `step` (from 0). Over the warm-up, round(warmup * num_steps) steps, linear: the first takes one such
+    part of lr_start, the last all of it. Then half a cosine from lr_start to lr_end, which the stage's last step has; where a
+    single step follows the warm-up, or makes the stage, it has lr_start."""
     warmup = round(stage.warmup * num_steps)
     if step < warmup:
         return stage.lr_start * (step + 1) / warmup

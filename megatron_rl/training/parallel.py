@@ -8,10 +8,10 @@ plans and messages. Next: `model.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rl.config import TrainerConfig, check_layout
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.training import cpu
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,23 @@ def place_ranks(config: TrainerConfig) -> None:
     )
     torch.manual_seed(config.run.seed)
     model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
+
+
+def on_rank_0(action: Callable[[], T]) -> T | None:
+    """Collective: what rank 0 does while the others wait; its result there, None on them.
+
+    A MegatronRLError of rank 0 is raised on every rank, so that none waits in a collective for one that has ended."""
+    result = None
+    failure: list[MegatronRLError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except MegatronRLError as e:
+            failure = [e]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+    return result
 
 
 def shutdown() -> None:

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from megatron_rl import config as configuration
+from megatron_rl.config import SamplerConfig
 from megatron_rl.curate import Rules, curate
 from megatron_rl.data import curation
 from megatron_rl.data.curation import Verdict
 from megatron_rl.data.jsonl import read_jsonl
+from megatron_rl.data.samplers import make_sampler
+from megatron_rl.data.sources import load_prompts
+from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
 from megatron_rl.types import Message, Prompt
 from tests.resume.recipe import write_recipe
@@ -26,6 +30,9 @@ def prompt(text: str, answer: str = "5") -> Prompt:
     [
         ("Which? (A) one (B) two", "B", Verdict.MULTIPLE_CHOICE),
         ("Which?\nA. one\nB. two", "(a)", Verdict.MULTIPLE_CHOICE),
+        ("Which? (A) one (B) two", "B) two", Verdict.MULTIPLE_CHOICE),
+        ("Which?\n(A) one\n(B) Two", "two", Verdict.MULTIPLE_CHOICE),
+        ("A. Compute 2+2. B. Compute 3+3.", "4 and 6", None),
         ("Which letter comes after C?", "D", None),
         ("Is 7 prime?", "Yes", Verdict.TRUE_FALSE),
         ("True or false: 1 = 2", "false.", Verdict.TRUE_FALSE),
@@ -62,7 +69,14 @@ def test_an_interrupted_curation_goes_on_to_the_same_end(config, tmp_path):
     assert sum(counts.values()) == 38 and counts["kept"] and counts["easy_to_hack"], counts
     assert counts["true_false"] == 1
     kept = read_jsonl(tmp_path / "whole" / "kept.jsonl")
+    decided = [json.loads(line)["curation"] for line in (tmp_path / "whole" / "kept.jsonl").read_text().splitlines()]
+    assert all(d["verdict"] == "kept" and d["reason"].startswith("pass rate") for d in decided)
     assert len(kept) == counts["kept"] and all(r.difficulty in (0, 0.25, 0.5, 0.75) for r in kept)
+    plain = config.data.model_copy(update={"path": tmp_path / "whole" / "kept.jsonl"})
+    prompts = load_prompts(plain, ChatTokenizer.from_folder(config.model.folder)).train
+    weights = np.array([1 - r.difficulty for r in kept])
+    sampler = make_sampler(SamplerConfig(name="prioritized"), prompts, 0)
+    np.testing.assert_allclose(sampler.probabilities(), weights / weights.sum())  # begins at what was measured
     dropped = [json.loads(line) for line in (tmp_path / "whole" / "dropped.jsonl").read_text().splitlines()]
     assert len(dropped) == 38 - counts["kept"] and all(line["curation"]["reason"] for line in dropped)
 
@@ -77,7 +91,15 @@ def test_an_interrupted_curation_goes_on_to_the_same_end(config, tmp_path):
 
 
 def test_other_settings_and_an_empty_result_are_refused(config, tmp_path):
+    strict = Rules(samples=1, tries=1, lowest=0.5, highest=0.6)
     with pytest.raises(DataError, match="nothing is left of 38 prompts; dropped.jsonl says why"):
-        curate(config, config.model.folder, tmp_path / "none", Rules(samples=1, tries=1, lowest=0.5, highest=0.6))
-    with pytest.raises(DataError, match="began with other settings"):
+        curate(config, config.model.folder, tmp_path / "none", strict)
+    with pytest.raises(DataError, match="began with other settings or prompts"):
         curate(config, config.model.folder, tmp_path / "none", RULES)
+    text = config.data.path.read_text()
+    try:
+        config.data.path.write_text(text.replace('"answer": "no"', '"answer": "one half"'))  # its verdict would be stale
+        with pytest.raises(DataError, match="began with other settings or prompts"):
+            curate(config, config.model.folder, tmp_path / "none", strict)
+    finally:
+        config.data.path.write_text(text)

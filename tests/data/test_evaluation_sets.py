@@ -1,11 +1,13 @@
 """Sets by name: what their prompts are, how they are scored, and what is refused."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_rl import config as configuration
-from megatron_rl.data.evaluation_sets import load_set
+from megatron_rl.data.evaluation_sets import check_room, load_set
 from megatron_rl.data.ready_made import PREFIX, READY_MADE, SIZE
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.errors import DataError
@@ -55,6 +57,14 @@ def test_training_data_may_be_a_ready_made_set(config):
     assert len(prompts) > 15 and all(p.verifier == "reasoning_gym" for p in prompts)
     evaluated = {p.id for p in load_set("add_in_steps", config, Words()).prompts}
     assert not {p.id for p in prompts} <= evaluated, "another seed, other questions"
+
+
+def test_prompts_that_fill_the_models_context_are_named(config):
+    prompts = load_set("held_out", config, Words()).prompts
+    full = replace(prompts[3], token_ids=np.zeros(512, np.int32))
+    check_room(prompts, "held_out", config.model.folder)
+    with pytest.raises(DataError, match=r"1 of its 4 prompts leave no room .* context of 512 tokens \(the first has 512 and"):
+        check_room([*prompts[:3], full], "held_out", config.model.folder)
 
 
 def test_what_cannot_be_evaluated_is_said_before_anything_is_generated(config, tmp_path):

@@ -7,7 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from examples.quickstart.make_model import make_model
 from megatron_rl.errors import DataError
+from megatron_rl.long2short import merge as merging
 from megatron_rl.long2short.merge import merge
+from megatron_rl.weights.reader import TensorFiles
 
 
 def test_every_tensor_is_the_weighted_average_and_the_folder_loads(tmp_path):
@@ -23,6 +25,32 @@ def test_every_tensor_is_the_weighted_average_and_the_folder_loads(tmp_path):
     merge(folders[:2], tmp_path / "plain")
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     assert all(torch.allclose(value, (a[name] + b[name]) / 2) for name, value in plain.items())
+
+
+def test_one_tensor_of_each_model_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    """Sharded folders, as large models have, written tensor by tensor."""
+    folders = [make_model(tmp_path / str(seed), hidden=32, seed=seed) for seed in range(3)]
+    for folder in folders[1:]:
+        AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        assert len(list(folder.glob("*.safetensors"))) > 2
+    events = []
+    read, average = TensorFiles.read, merging._averaged
+
+    def reading(self, name, *place):
+        events.append(name)
+        return read(self, name, *place)
+
+    def writing(*arguments):
+        for name, value in average(*arguments):
+            assert events[-3:] == [name] * 3 and len(events) % 3 == 0, "nothing is read ahead of what is written"
+            yield name, value
+
+    monkeypatch.setattr(TensorFiles, "read", reading)
+    monkeypatch.setattr(merging, "_averaged", writing)
+    merge(folders, tmp_path / "merged")
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert events[::3] == list(dict.fromkeys(events)) and set(written) == set(events)
 
 
 def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(tmp_path):

@@ -30,6 +30,13 @@ def test_rejected_are_longer_wrong_ones_and_right_ones_half_as_long_again():
     assert preference_pairs([response(3, False), response(9, False)]) == []
 
 
+def test_what_has_no_text_or_was_cut_off_is_neither_chosen_nor_rejected():
+    best, longer = response(20, True), response(90, False)
+    blank = [Response("  ", 5, True, Ending.STOP), Response("", 95, False, Ending.STOP)]
+    cut = [response(80, False, Ending.LENGTH), response(81, True, Ending.LENGTH)]
+    assert preference_pairs([best, *blank, *cut, longer]) == [(best, longer)]
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("long2short")

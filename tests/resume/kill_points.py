@@ -9,11 +9,13 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from megatron_rl import config as configuration
 from megatron_rl import loop, run
 from megatron_rl.interval_evaluation import IntervalEvaluation
+from megatron_rl.master import Master
 from megatron_rl.rewards.scorer import Scorer
 from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.training import checkpoint, log_probs
@@ -62,6 +64,20 @@ def kill_in_publish() -> None:
     Trainer.export_buckets = export_buckets  # type: ignore[method-assign]
 
 
+def poison(iteration: int) -> None:
+    """One trajectory of the iteration's batch gets an advantage that is not a number."""
+    original = Master.sequences
+
+    def sequences(self: Master, groups: Any, now: int, version: int) -> Any:
+        steps = original(self, groups, now, version)
+        if now == iteration:
+            first = next(i for i, s in enumerate(steps[0]) if s.loss_mask.any() and not s.is_supervised)
+            steps[0][first] = replace(steps[0][first], advantage=float("nan"))
+        return steps
+
+    Master.sequences = sequences  # type: ignore[method-assign]
+
+
 POINTS: dict[str, Callable[[], None]] = {
     "generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=60),
     "told to stop while generating": lambda: kill_in(ReplayBuffer, "append_chunk", call=80, end=stop),
@@ -73,6 +89,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "after_optimizer_step": lambda: kill_in(Trainer, "step", call=2, after=True),
     "publish": kill_in_publish,
     "checkpoint_write": lambda: kill_in(checkpoint.sharded, "save", call=1, after=True),
+    "a loss that is not finite": lambda: poison(4),
     "after_rename": lambda: kill_in(run.Run, "save", call=1, after=True),
 }
 

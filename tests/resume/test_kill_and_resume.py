@@ -7,6 +7,7 @@ Each run is a fork of one process that has the imports behind it (`tests/zygote.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,30 @@ def test_killed_run_ends_like_an_undisturbed_one(
     assert result["weights"].keys() == undisturbed["weights"].keys()
     for name, tensor in result["weights"].items():
         np.testing.assert_array_equal(tensor, undisturbed["weights"][name], err_msg=name)
+
+
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_names_the_batch(
+    zygote: Zygote, config: Path, undisturbed: dict[str, Any]
+) -> None:
+    folder = config.parent / "not_finite"
+    assert zygote.run(config, folder, 3, kill="a loss that is not finite") == 1
+    said = folder.with_suffix(".log").read_text()
+    assert "iteration 4: training: the loss is not finite" in said and "id -n is the n-th conversation" in said
+    assert "The checkpoint before iteration 3 is the last" in said
+    buffer = ReplayBuffer(folder / "buffer.sqlite", read_only=True)
+    batch = {t.id for g in buffer.batch(4) or [] for t in g.trajectories}
+    buffer.close()
+    named = {int(i) for i in re.findall(r"micro-batches of trajectories \[([^\]]*)\]", said)[0].split(", ")}
+    assert {i for i in named if i >= 0} and {i for i in named if i >= 0} <= batch
+    assert zygote.run(config, folder, 3) == 0, folder.with_suffix(".log").read_text()
+    result = outcome(folder)
+    for name, tensor in result["weights"].items():
+        np.testing.assert_array_equal(tensor, undisturbed["weights"][name], err_msg=name)
+
+
+def test_what_is_trained_again_is_not_trained_beside_other_conversations(zygote: Zygote, config: Path) -> None:
+    folder, other = config.parent / "ptx", config.parent / "other.jsonl"
+    other.write_text((config.parent / "given.jsonl").read_text().replace("yz", "zy"))
+    assert zygote.run(config, folder, 3, kill="after_optimizer_step") == -9, folder.with_suffix(".log").read_text()
+    assert zygote.run(config, folder, 3, f"algorithm.ptx.path={other}") == 1
+    assert f"algorithm.ptx.path={other}, tokens=8: gives other conversations" in folder.with_suffix(".log").read_text()

@@ -1,15 +1,24 @@
 """What each reward term says, called directly; `test_scorer.py` has them under deadlines."""
 
+import inspect
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
 
-from megatron_rl.errors import RewardError
+from megatron_rl.config import DataConfig
+from megatron_rl.data.reasoning_gym import generate
+from megatron_rl.errors import DataError, RewardError
 from megatron_rl.rewards import exact, reasoning_gym, regex
 from megatron_rl.rewards import math as math_term
 from megatron_rl.rewards.terms import check_name, load_term
 from megatron_rl.types import Message, Prompt
+
+
+def source_of_module(cls: type) -> str:
+    return inspect.getsource(sys.modules[cls.__module__])
 
 
 def prompt(answer: str = "12", **tags: str) -> Prompt:
@@ -101,6 +110,29 @@ def test_reasoning_gym_scores_by_the_tasks_own_rule():
     assert 0.0 < score("it is 12") < 1.0  # its partial credit for an answer inside other text
     assert score("Answer: 12", prefix="Answer:") == 1.0
     assert score("12", prefix="Answer:") is None
+
+
+def test_nothing_that_a_model_wrote_is_executed(tmp_path):
+    """Which tasks would: those with an eval in their module, but for the ones that evaluate text of their own."""
+    from reasoning_gym.factory import DATASETS
+
+    evaluates = {n for n, (cls, _) in DATASETS.items() if re.search(r"\b(eval|exec|parse_expr)\(", source_of_module(cls))}
+    own = {"basic_arithmetic", "bitwise_arithmetic", "codeio", "number_sorting", "propositional_logic"}
+    assert evaluates - own == reasoning_gym.EXECUTED | reasoning_gym.EVALUATED_ARITHMETIC
+
+    def score(task: str, response: str) -> float | None:
+        entry = {"question": "?", "answer": "5 - 2", "metadata": {"numbers": [5, 2], "target": 3}}
+        tagged = prompt(reasoning_gym__task=task, reasoning_gym__entry=json.dumps(entry))
+        return reasoning_gym.score(response=response, answer="", prompt=tagged)
+
+    deed = f"__import__('pathlib').Path('{tmp_path}/done').touch()"
+    for task in reasoning_gym.EXECUTED:
+        with pytest.raises(RewardError, match=f"reasoning-gym scores {task} by evaluating the response as Python"):
+            score(task, deed)
+    assert [score("countdown", text) for text in ("5 - 2", deed, "5 .real - 2")] == [1.0, 0.0, 0.0]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="data.task=spiral_matrix: reasoning-gym scores spiral_matrix by evaluating"):
+        generate(DataConfig(source="reasoning_gym", task="spiral_matrix"))
 
 
 def test_reasoning_gym_refuses_prompts_of_other_sources():

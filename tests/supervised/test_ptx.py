@@ -38,6 +38,16 @@ def test_draws_hold_the_tokens_asked_for_weigh_as_said_and_repeat(make):
     assert len(make(1000, ["abc"] * 20).draw(0, 0)) == 20
 
 
+def test_iterations_are_not_trained_again_beside_other_conversations(make, tmp_path):
+    make(10, ["abc", "de"]).bind(tmp_path, replays=False)
+    make(10, ["abc", "de"]).bind(tmp_path, replays=True)
+    for tokens, texts in ((10, ["abc", "df"]), (10, ["abc"]), (11, ["abc", "de"])):
+        with pytest.raises(DataError, match=f"algorithm.ptx.path=.*given.jsonl, tokens={tokens}: gives other conversations"):
+            make(tokens, texts).bind(tmp_path, replays=True)
+    make(10, ["f"]).bind(tmp_path, replays=False)
+    make(10, ["f"]).bind(tmp_path, replays=True)
+
+
 def test_a_conversation_longer_than_the_context_and_a_weight_without_data_are_refused(make, tmp_path):
     with pytest.raises(DataError, match=r"line 2, column 1: 60\d tokens, more than the model's context of 512"):
         make(10, ["abc", "x" * 600])

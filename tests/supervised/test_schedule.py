@@ -42,8 +42,11 @@ def test_every_epoch_goes_through_every_item_once_in_batches_within_the_size(siz
     assert all(0 < s.lr <= 2e-5 for s in steps)
 
 
-def test_one_step_has_the_starting_rate():
-    assert learning_rate(StageConfig(), 0, 1) == 2e-5
+def test_the_rate_falls_only_where_there_are_steps_to_fall_over():
+    assert learning_rate(StageConfig(), 0, 1) == 2e-5, "one step makes the stage"
+    assert [learning_rate(StageConfig(warmup=0.75), i, 4) for i in range(4)] == pytest.approx([2e-5 / 3, 4e-5 / 3, 2e-5, 2e-5])
+    assert learning_rate(StageConfig(warmup=1), 3, 4) == 2e-5
+    assert [learning_rate(StageConfig(), i, 2) for i in range(2)] == pytest.approx([2e-5, 2e-6])
 
 
 def test_a_stage_for_which_nothing_is_short_enough_is_refused():
