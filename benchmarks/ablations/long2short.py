@@ -53,8 +53,10 @@ def main() -> None:
     write_result("ablation_long2short", rows, ceilings={}, packages=[], measured_on=where(outcomes))
     names = {LONG: "long: no length reward", **METHODS}
     points = {name: [(s[method]["tokens"], s[method]["correct"]) for s in scores] for method, name in names.items()}
-    foot = f"Seeds {', '.join(map(str, arguments.seeds))} (faint) and their mean; {outcomes[0]['said']}, sampled."
-    picture = scatter("Long2short from one checkpoint, sums", points, foot)
+    seeds = f"Seeds {', '.join(map(str, arguments.seeds))} (faint), their mean"
+    foot = f"{seeds}; RL: {RL_ITERATIONS} more; {outcomes[0]['said']}."
+    iterations = len(measure(LONG_RUN, arguments.seeds[0]).batches)
+    picture = scatter(f"Long2short from one checkpoint of {iterations} iterations, sums", points, foot)
     (ROOT / "docs" / "ablation_long2short.svg").write_text(picture, encoding="utf-8")
 
 

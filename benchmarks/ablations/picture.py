@@ -54,7 +54,7 @@ def draw(title: str, panels: Sequence[Panel], foot: str, *, window: int = 5) -> 
 
 def scatter(title: str, points: Mapping[str, Sequence[tuple[float, float]]], foot: str) -> str:
     """What each model needs and reaches: (tokens, share correct) of every seed, faint, and their mean with the model's name."""
-    right = math.ceil(max(tokens for seeds in points.values() for tokens, _ in seeds)) + 4  # room for names
+    right = math.ceil(max(tokens for seeds in points.values() for tokens, _ in seeds)) + 5  # room for names
     x, y = (lambda tokens: 46 + tokens / right * (WIDTH - 60)), (lambda share: TITLE + LEGEND + 10 + (1 - share) * 230)
     parts = [_text(14, 20, title, "#1b2130", 15, 600), _text(14, 40, "correct, over tokens of a response", "#636c7c", 12, 400)]
     for share in (0, 0.25, 0.5, 0.75, 1):

@@ -265,7 +265,7 @@ def drawn(ablation: Ablation, arms: Mapping[str, Sequence[Measured]], seeds: Seq
         for key, (heading, floor, ceiling) in PANELS.items()
         if key in shown(ablation)
     ]
-    return draw(ablation.title, panels, f"{names}the first {length} batches of 16 groups of 8, each point over the last 5.")
+    return draw(ablation.title, panels, f"{names}the first {length} batches of 128 responses, means of 5.")
 
 
 if __name__ == "__main__":
