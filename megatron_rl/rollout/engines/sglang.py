@@ -7,8 +7,8 @@ It refuses to load weights while requests run. Stale KV cannot serve a request: 
 `extra_key` holds the weight version. KV outlives a publish (`capabilities.kv_snapshot`) only in a server that we started with
 our plugin: `sglang_kv.py`.
 Sampling noise is the server's; see `sglang_call.seed_of`. A model's own end-of-text token ends a request whether or not
-it is among the request's stop tokens. One request: `sglang_call.py`. The server's process: `sglang_server.py`; what happens
-when it dies: `sglang_supervisor.py`.
+it is among the request's stop tokens. One request: `sglang_call.py`. How weights travel: `sglang_transport.py`. The server's
+process: `sglang_server.py`; what happens when it dies: `sglang_supervisor.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -33,31 +33,28 @@ from megatron_rl.rollout.engines.sglang_check import WeightCheck
 from megatron_rl.rollout.engines.sglang_compat import check_version
 from megatron_rl.rollout.engines.sglang_http import SGLangClient
 from megatron_rl.rollout.engines.sglang_kv import KeepOnServer, ServerKV, fresh
+from megatron_rl.rollout.engines.sglang_transport import Receiver, Transport
 from megatron_rl.types import Ending
-from megatron_rl.weights.transport import FlatBucket, send
+from megatron_rl.weights.transport import send
 
 _ABORT_AGAIN_S = 0.5  # an abort that overtakes its request is lost: it is repeated until the request ends
 _IDLE_S = 30.0  # longest wait until a server that owes no answer calls itself idle
 _TAGS = ("kv_cache", "weights")
 
-Serialize = Callable[[FlatBucket], str]
-
 
 class SGLangEngine:
     """See `base.Engine`. Made by `connect`. Holds no version of ours until `load_weights` or `adopt`."""
 
-    def __init__(
-        self, client: SGLangClient, model: ModelConfig, config: SGLangConfig, serialize: Callable[[], Serialize]
-    ) -> None:
+    def __init__(self, client: SGLangClient, model: ModelConfig, config: SGLangConfig, transport: Transport) -> None:
         self.name = client.name
         self.capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=True, streaming=True)
         self.weight_version = -1  # none
         self._client, self._config = client, config
-        self._make_serializer = serialize
-        self._serialize: Serialize | None = None
+        self.transport = transport
+        self.receiver = Receiver(client, config.tensor_parallel)
+        self._is_verified = not config.verify_weights
         self._check: WeightCheck | None = None
         self._context_tokens = model.max_positions
-        self._num_ranks = config.tensor_parallel
         self._id, self._numbers = secrets.token_hex(4), itertools.count()  # of its requests
         self._slots = asyncio.Semaphore(config.max_concurrent)
         self._calls: dict[str, Call] = {}  # request id -> those not ended
@@ -74,18 +71,19 @@ class SGLangEngine:
         *,
         name: str,
         silence_s: float,
-        serialize: Callable[[], Serialize],
+        transport: Transport,
         keep: KeepOnServer | None = None,
     ) -> SGLangEngine:
-        """An engine over a server that is up. serialize: makes what turns a bucket into the server's payload. keep: its plugin.
+        """An engine over a server that is up. transport: how weights get there, shared by engines that are loaded together. keep:
+        its plugin.
 
         Raises EngineError for another SGLang version, another model, nobody there, or a plugin that cannot work."""
         client = SGLangClient(url, name=name, silence_s=silence_s)
-        engine = cls(client, model, config, serialize)
+        engine = cls(client, model, config, transport)
         try:
             await engine._introduce(model)
             if keep is not None:
-                engine._kv = ServerKV(keep, name, engine._num_ranks, silence_s)
+                engine._kv = ServerKV(keep, name, engine.receiver.num_ranks, silence_s)
                 await engine._kv.introduce()
                 engine.capabilities = replace(engine.capabilities, kv_snapshot=True)
         except EngineError:
@@ -241,23 +239,10 @@ class SGLangEngine:
                 f"engine {self.name}: weights cannot change while {len(self._calls)} requests run; abort them first"
             )
         self.weight_version = -1
-        if self._serialize is None:
-            self._serialize = self._make_serializer()
-            if self._config.verify_weights:
-                self._check = WeightCheck(self._client)
-                await self._check.begin()
+        if not self._is_verified:
+            self._check, self._is_verified = WeightCheck(self._client), True
+            await self._check.begin()
         await self._flush()
-
-    def deliver(self, bucket: FlatBucket) -> None:
-        """Returns when the server has copied the bucket. From a worker thread."""
-        assert self._serialize is not None, "begin_load comes first"
-        body = {
-            # One serialization a rank: a handle is counted per process that opens it.
-            "serialized_named_tensors": [self._serialize(bucket) for _ in range(self._num_ranks)],
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        self._client.post_blocking("/update_weights_from_tensor", body)
 
     async def finish_load(self, version: int) -> None:
         if self._check is not None:
@@ -291,21 +276,18 @@ class SGLangEngine:
                 f"{where}: serves {found} of type {served.get('model_type')}; model.folder is of type {model.family}"
             )
         self._context_tokens = min(model.max_positions, server.get("context_length") or model.max_positions)
-        self._num_ranks = server.get("tp_size") or self._num_ranks
+        self.receiver = Receiver(self._client, server.get("tp_size") or self._config.tensor_parallel)
 
 
 async def load_weights(
     engines: Sequence[SGLangEngine], buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int
 ) -> None:
-    """One pass over the buckets for all engines: each bucket goes to all of them while the next is gathered."""
+    """One pass over the buckets for all engines, which share a transport: each goes to all of them while the next is gathered."""
+    transport, config = engines[0].transport, engines[0]._config
     await asyncio.gather(*(engine.begin_load() for engine in engines))
-    await send(buckets, partial(_deliver_to_all, engines))
+    await transport.open([engine.receiver for engine in engines])
+    await send(buckets, transport.deliver, bucket_bytes=config.bucket_bytes, alignment=transport.alignment, lanes=transport.lanes)
     await asyncio.gather(*(engine.finish_load(version) for engine in engines))
-
-
-def _deliver_to_all(engines: Sequence[SGLangEngine], bucket: FlatBucket) -> None:
-    for engine in engines:
-        engine.deliver(bucket)
 
 
 def _report(queue: asyncio.Queue[Chunk | BaseException], task: asyncio.Task[None]) -> None:
