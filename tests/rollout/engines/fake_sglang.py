@@ -236,11 +236,12 @@ class FakeSGLang:
         group = self.groups.get(body["group_name"])
         if group is None:
             raise self.die(f"Group {body['group_name']} not in {list(self.groups)}.")
-        assert body["load_format"] == "flattened_bucket"
+        assert body["load_format"] in (None, "flattened_bucket")
         dtypes = [getattr(torch, dtype) for dtype in body["dtypes"]]
         sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(body["shapes"], dtypes, strict=True)]
         flat = torch.empty(sum(sizes), dtype=torch.uint8)
-        await asyncio.to_thread(group.broadcast, flat)
+        for part in flat.split(sizes) if body["load_format"] is None else [flat]:
+            await asyncio.to_thread(group.broadcast, part)
         parts = zip(body["names"], flat.split(sizes), dtypes, body["shapes"], strict=True)
         return self._take(((name, part.view(dtype).view(shape)) for name, part, dtype, shape in parts), body["flush_cache"])
 
