@@ -110,7 +110,8 @@ class SGLangConfig(Section):
     colocated: bool = setting(
         True,
         "servers and trainer share GPUs (paper 2.6.3), weights go by CUDA IPC; false: servers we start have the GPUs after the "
-        "trainer's, those of `urls` any, weights go by NCCL broadcast, and no memory changes hands",
+        "trainer's, those of `urls` any, weights go by NCCL broadcast, and no memory changes hands. Servers of `urls` then need "
+        "the trainer's NCCL_CUMEM_ENABLE and NCCL_NVLS_ENABLE, and every server room for two buckets",
     )
     memory_saver: bool = setting(True, "colocated: lend the server's GPU memory to the training phase (paper 2.6.3)")
     attention_backend: str | None = setting(None, "SGLang's attention backend; default is SGLang's choice")
