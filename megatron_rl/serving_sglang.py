@@ -67,6 +67,7 @@ class SGLangServing:
         self.phase_memory: dict[str, int] = {}
         self._supervised: list[SupervisedEngine] = []
         self._given: list[SGLangEngine] = []
+        self._num_exports = 0  # under way, of parameters that are here for them
         settings = config.rollout.sglang
         if memory:
             memory.offload(*PARTS)  # a server takes its share of what it finds free
@@ -166,14 +167,17 @@ class SGLangServing:
         """For a server started again, in a rollout phase or at its end. Its own KV cache is there, and the parameters have to
         fit beside it."""
         assert self._export is not None, "a supervised engine asks only where there is one"
-        if self._memory is None or not self._memory.is_away("parameters"):
+        if self._memory is None or not (self._num_exports or self._memory.is_away("parameters")):
             yield self._export()
             return
         self._memory.onload("parameters")
+        self._num_exports += 1  # several servers may have died
         try:
             yield self._export()
         finally:
-            self._memory.offload("parameters", changed=False)
+            self._num_exports -= 1
+            if not self._num_exports:
+                self._memory.offload("parameters", changed=False)
 
     @contextmanager
     def _turn(self, name: str, state: str) -> Iterator[None]:

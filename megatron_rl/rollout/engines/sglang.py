@@ -285,8 +285,10 @@ async def load_weights(
     """One pass over the buckets for all engines, which share a transport: each goes to all of them while the next is gathered."""
     transport, config = engines[0].transport, engines[0]._config
     await asyncio.gather(*(engine.begin_load() for engine in engines))
-    await transport.open([engine.receiver for engine in engines])
-    await send(buckets, transport.deliver, bucket_bytes=config.bucket_bytes, alignment=transport.alignment, lanes=transport.lanes)
+    async with transport.in_use:
+        await transport.open([engine.receiver for engine in engines])
+        alignment, lanes = transport.alignment, transport.lanes
+        await send(buckets, transport.deliver, bucket_bytes=config.bucket_bytes, alignment=alignment, lanes=lanes)
     await asyncio.gather(*(engine.finish_load(version) for engine in engines))
 
 

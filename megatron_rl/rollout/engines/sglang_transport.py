@@ -45,6 +45,8 @@ class Receiver:
 
 
 class Transport(Protocol):
+    in_use: asyncio.Lock  # held from `open` to the last delivery: servers that die together are loaded one after the other
+
     @property
     def alignment(self) -> int:
         """Of tensors in a bucket [bytes]."""
@@ -76,6 +78,7 @@ class IPC:
 
     def __init__(self, serializer: Callable[[], Serialize]) -> None:
         """serializer: makes what turns a bucket into a server's payload, when it is first needed."""
+        self.in_use = asyncio.Lock()
         self._make_serializer = serializer
         self._serialize: Serialize | None = None
         self._receivers: Sequence[Receiver] = ()
@@ -131,6 +134,7 @@ class Broadcast:
 
     def __init__(self, join: Join, timeout_s: float) -> None:
         """timeout_s: longest wait for a collective [s]."""
+        self.in_use = asyncio.Lock()
         self._join, self._timeout_s = join, timeout_s
         self._of: _Membership | None = None
         self._is_broken = False
@@ -231,6 +235,7 @@ class Broadcast:
 def _start(function: Callable[..., T], *arguments: Any, **options: Any) -> Future[T]:
     """In a thread that no exit waits for: a collective whose other side never comes cannot be interrupted."""
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:

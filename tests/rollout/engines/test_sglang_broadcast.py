@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
@@ -68,6 +69,17 @@ def test_one_broadcast_reaches_all_servers_and_a_new_one_joins_in_a_new_group(fo
         assert len(found[0].token_ids) == 5
         await transport.close()
         assert not first.fake.groups and not third.fake.groups, "servers that live on keep nothing of it"
+
+    served(folder, scenario)
+
+
+def test_servers_that_are_loaded_at_the_same_time_each_get_their_own(folder):
+    """Two that died together are started again side by side."""
+
+    async def scenario(transport, servers, stack):
+        loads = [s.engine.load_weights(scaled(folder, 1.0 + i), 1) for i, s in enumerate(servers)]
+        await asyncio.gather(*loads)
+        assert holds(servers[0].fake, folder, 1.0) and holds(servers[1].fake, folder, 2.0)
 
     served(folder, scenario)
 
