@@ -120,7 +120,7 @@ def measure(setup: Setup, runner: asyncio.Runner, clock: Clock, out: Path, round
         export=None,
         memory=memory,
         program=setup.program,
-        serialize=setup.serializer,
+        transport=setup.transport,
     )
     bench = Bench(setup, chunks, memory, ceilings)
     try:

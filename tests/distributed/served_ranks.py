@@ -30,7 +30,13 @@ def run_rank(meeting: Meeting, folder: Path) -> None:
     program = (sys.executable, str(FAKE))
     run.SGLangServing = partial(SGLangServing, program=program, serialize=lambda: serialize)  # type: ignore[misc,assignment]
     for name, overrides in LAYOUTS.items():
-        settings = [f"run.folder={folder / name}", "rollout.engine=sglang", "weights.bucket_bytes=4096", *overrides]
+        settings = [
+            f"run.folder={folder / name}",
+            "rollout.engine=sglang",
+            "weights.bucket_bytes=4096",
+            "rollout.sglang.bucket_bytes=16384",
+            *overrides,
+        ]
         config = configuration.load(folder / "config.yaml", settings)
         meeting.prepare()
         assert loop.train(config) == 0

@@ -40,8 +40,12 @@ _HINTS = {  # words of a log, lower case: what to do
 }
 
 
-def arguments(config: Config, port: int, index: int) -> list[str]:
-    """Command-line arguments of the `index`-th server on this machine."""
+# NCCL's own defaults, in place of SGLang's for its processes: both ends of a broadcast must be alike.
+_NCCL = {"NCCL_CUMEM_ENABLE": "-2", "NCCL_NVLS_ENABLE": "2"}
+
+
+def arguments(config: Config, port: int, index: int, first_gpu: int = 0) -> list[str]:
+    """Command-line arguments of the `index`-th server on this machine, whose servers' GPUs begin with `first_gpu`."""
     s = config.rollout.sglang
     values = {
         "model_path": str(config.model.folder),
@@ -49,12 +53,12 @@ def arguments(config: Config, port: int, index: int) -> list[str]:
         "host": _HOST,
         "port": port,
         "tp_size": s.tensor_parallel,
-        "base_gpu_id": index * s.tensor_parallel,
+        "base_gpu_id": first_gpu + index * s.tensor_parallel,
         "skip_tokenizer_init": True,  # token ids in and out: text is none of its business
         "incremental_streaming_output": True,
         "stream_interval": s.stream_interval,
         "mem_fraction_static": s.mem_fraction,
-        "enable_memory_saver": s.memory_saver,
+        "enable_memory_saver": s.takes_turns,
         "attention_backend": s.attention_backend,
         "sampling_backend": s.sampling_backend,
         "enable_deterministic_inference": s.deterministic,
@@ -98,8 +102,9 @@ def choose_port(config: SGLangConfig, index: int) -> int:
 class ServerProcess:
     """One server, started any number of times. `program` is what runs it, e.g. (python, -m, sglang.launch_server)."""
 
-    def __init__(self, config: Config, *, name: str, index: int, program: Sequence[str]) -> None:
-        self._config, self._index, self._program = config, index, tuple(program)
+    def __init__(self, config: Config, *, name: str, index: int, program: Sequence[str], first_gpu: int = 0) -> None:
+        self._config, self._program = config, tuple(program)
+        self._index, self._first_gpu = index, first_gpu
         self.name = name
         self.log = config.run.folder / "log" / f"{name}.log"
         self.url = ""
@@ -122,10 +127,9 @@ class ServerProcess:
         port = choose_port(settings, self._index)
         self.url = f"http://{_HOST}:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [*self._program, *arguments(self._config, port, self._index)]
+        command = [*self._program, *arguments(self._config, port, self._index, self._first_gpu)]
         launch = [sys.executable, "-m", "megatron_rl.rollout.engines.sglang_launch", str(os.getpid()), *command]
-        # Log-probs at the sampling temperature, whatever the surroundings say.
-        environment = {**without_launch(os.environ), "SGLANG_RETURN_ORIGINAL_LOGPROB": "0", **self._plugin_path()}
+        environment = {**self._surroundings(), **self._plugin_path()}
         with self.log.open("ab") as log:
             log.write(f"# {' '.join(command)}\n".encode())
             log.flush()
@@ -143,6 +147,13 @@ class ServerProcess:
             await self.stop()
             raise
         return self.url
+
+    def _surroundings(self) -> dict[str, str]:
+        """This process's environment, without what belongs to its rank."""
+        kept = without_launch(os.environ)
+        # Log-probs at the sampling temperature, whatever the surroundings say.
+        kept["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "0"
+        return kept if self._config.rollout.sglang.colocated else _NCCL | kept
 
     def _plugin_path(self) -> dict[str, str]:
         """Environment by which the server finds our plugin, where KV is to be kept."""

@@ -17,7 +17,6 @@ from megatron_rl.errors import EngineError, EngineGoneError
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.sglang_call import Call
 from megatron_rl.types import Ending
-from megatron_rl.weights.transport import Flattener
 
 
 @pytest.fixture
@@ -176,25 +175,6 @@ def test_what_is_asked_of_the_server(folder):
 def scaled(folder, factor):
     tensors = [(name, tensor * factor) for name, tensor in read_folder(folder)]
     return [tensors[:2], tensors[2:5], tensors[5:]]
-
-
-def test_flat_buckets_are_views_of_two_buffers_that_take_turns():
-    tensors = [("a", torch.arange(5.0)), ("b", torch.arange(3, dtype=torch.bfloat16)), ("c", torch.full((2, 2), 7.0))]
-    flattener = Flattener()
-    first, second, third = (flattener.flatten(t) for t in (tensors, tensors[:2], tensors[1:]))
-    assert first.data.data_ptr() == third.data.data_ptr() != second.data.data_ptr()
-    assert [p.start % 16 for p in first.pieces] == [0, 0, 0]
-    for (name, found), (wanted, tensor) in zip(third.tensors(), tensors[1:], strict=True):
-        assert name == wanted and found.dtype == tensor.dtype and torch.equal(found, tensor)
-
-
-def test_a_tensor_that_is_a_bucket_alone_is_not_copied():
-    whole = torch.arange(24, dtype=torch.bfloat16).view(6, 4)
-    flattener = Flattener()
-    (name, sent), *none = flattener.flatten([("rows", whole[2:])]).tensors()
-    assert (name, none) == ("rows", []) and torch.equal(sent, whole[2:]) and sent.data_ptr() == whole[2:].data_ptr()
-    ((_, sent),) = flattener.flatten([("columns", whole[:, 1:])]).tensors()
-    assert torch.equal(sent, whole[:, 1:]) and sent.data_ptr() != whole[:, 1:].data_ptr()
 
 
 def test_a_published_version_is_what_is_sampled_and_no_older_cache_serves_it(folder):

@@ -72,6 +72,16 @@ def changed(folder):
     return [[(name, tensor * 1.03) for name, tensor in read_folder(folder)]]
 
 
+def test_a_server_does_not_take_itself_for_a_rank_of_the_trainer_and_has_its_nccl_settings(folder, tmp_path, monkeypatch):
+    of_torchrun = {"RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (of_torchrun | {"NCCL_NVLS_ENABLE": "0", "RANKING": "kept"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    shared, own = (process(folder, tmp_path, colocated=colocated)._surroundings() for colocated in (True, False))
+    assert not of_torchrun.keys() & own.keys() and own["RANKING"] == "kept"
+    assert (own["NCCL_NVLS_ENABLE"], own["NCCL_CUMEM_ENABLE"]) == ("0", "-2") and "NCCL_CUMEM_ENABLE" not in shared
+
+
 def test_a_server_that_dies_while_the_trainer_has_the_gpu_is_there_again_for_the_publish(folder, tmp_path):
     """Also where other ranks would have to export its weights: a publish brings them."""
 
@@ -151,7 +161,7 @@ def test_a_server_that_gives_a_request_up_as_it_dies_is_started_again(folder, tm
 def test_a_stopped_server_leaves_no_process_of_its_group(tmp_path):
     async def scenario():
         server = ServerProcess(settings(tmp_path, tmp_path / "run"), name="sglang-0", index=0, program=PROGRAM)
-        code = "import os, time; os.fork(); print('up', flush=True); time.sleep(60)"
+        code = "import os, time; os.fork(); os.write(1, b'up\\n'); time.sleep(60)"
         command = [sys.executable, "-c", code]
         server._process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
         assert [server._process.stdout.readline() for _ in range(2)] == [b"up\n"] * 2 and _is_group_alive(server.pid)
