@@ -7,7 +7,9 @@ at once. With `rollout.sglang.memory_saver` servers and trainer take turns on th
         -> resume weights -> deliver -> offload parameters -> resume kv_cache
 
 so that weights of both sides and the KV cache are never there together with gradients. With servers given by URL the trainer
-stays where it is. How its state moves: `training/phase_memory.py`. A server's life: `rollout/engines/`.
+stays where it is. A server of ours that dies anywhere in this order is put up with: training goes on without it, and where the
+order ends it is started again, with the whole GPU free as at the start of the run, and published to in a second pass.
+How the trainer's state moves: `training/phase_memory.py`. A server's life: `rollout/engines/`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +25,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config import Config
-from megatron_rl.errors import EngineGoneError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.engines.sglang import Serialize, SGLangEngine, load_weights
@@ -91,26 +92,29 @@ class SGLangServing:
             return
         self.phase_seconds = dict.fromkeys(self.phase_seconds, 0.0)
         with self._turn("release", "released"):
-            self._runner.run(_all(e.health() for e in self._supervised))  # one that died since its last request is mended
             self._all_engines(lambda e: e.release_memory(("kv_cache", "weights")))
         if self._memory:
             with self._turn("onload", "onloaded"):
                 self._memory.onload(*PARTS)
 
-    def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
+    def load_weights(self, export: Callable[[], Iterator[list[tuple[str, torch.Tensor]]]], version: int) -> None:
         if self._memory:
             with self._turn("offload", "trained"):
                 self._memory.offload("gradients", "main_weights")
                 _wait_for_all_ranks()
+        self._publish(export(), version)
+        while _said_by_rank_0(any(engine.is_lost for engine in self._supervised)):
+            self._start_again()
+            self._publish(export(), version)
+
+    def _publish(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
+        """To the servers that lack `version`, from the trainer's parameters, which are off the GPU afterwards."""
         with self._turn("resume", "resumed"):
-            self._runner.run(_all(e.revive() for e in self._supervised))
             self._all_engines(lambda e: e.resume_memory(("weights",)))
         if self._memory:
             self._memory.begin_copy("parameters")  # the link is idle meanwhile
         if self.engines:
-            self._runner.run(load_weights(self._plain, buckets, version))
-            for engine in self._supervised:
-                engine.loaded(version)
+            self._runner.run(self._deliver(buckets, version))
         else:
             for _ in buckets:
                 pass
@@ -121,6 +125,25 @@ class SGLangServing:
         with self._turn("resume", "generating"):
             self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
 
+    async def _deliver(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
+        failed = await load_weights([e for e in self._plain if e.weight_version != version], buckets, version)
+        for engine in self._supervised:
+            if engine.name in failed:
+                await engine.lose(failed.pop(engine.name))
+            engine.loaded(version)
+        for error in failed.values():
+            raise error
+
+    def _start_again(self) -> None:
+        """The servers that are gone, and the parameters back on the GPU for them."""
+        with self._turn("resume", "restarted"):
+            self._runner.run(_all(engine.revive() for engine in self._supervised))
+            if self._memory:
+                _wait_for_all_ranks()
+        if self._memory:
+            self._all_engines(lambda e: e.release_memory(("kv_cache",)))
+            self._memory.onload("parameters")
+
     def adopt_folder(self) -> None:
         """Call the model folder's weights, with which servers start, version 0, without loading anything."""
         self._runner.run(_all(engine.adopt(0) for engine in self._plain))
@@ -129,18 +152,16 @@ class SGLangServing:
 
     @contextmanager
     def readable_weights(self) -> Iterator[None]:
-        """With the servers' KV cache out of the way, which is empty at such a time. A dead server is no reason not to save."""
+        """With the servers' KV cache out of the way, which is empty at such a time."""
         if self._memory is None or not self._memory.is_away("parameters"):
             yield
             return
-        with suppress(EngineGoneError):
-            self._all_engines(lambda e: e.release_memory(("kv_cache",)))
+        self._all_engines(lambda e: e.release_memory(("kv_cache",)))
         self._memory.onload("parameters", "main_weights")
         yield
         self._memory.offload("parameters", "main_weights", changed=False)
         _wait_for_all_ranks()
-        with suppress(EngineGoneError):
-            self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
+        self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
 
     def leave_kv(self, *, for_next_start: bool) -> None:
         """Nothing: what a server keeps ends with it."""
@@ -177,11 +198,11 @@ class SGLangServing:
             found = self._memory.memory()
             self.phase_memory |= {f"memory/gpu_{kind}_{state}_bytes": value for kind, value in found.items()}
 
-    def _all_engines(self, call: Callable[[SGLangEngine], Coroutine[Any, Any, None]]) -> None:
+    def _all_engines(self, call: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
         """On rank 0, side by side; the other ranks wait until it is done."""
         if self._config.rollout.sglang.memory_saver:
             try:
-                self._runner.run(_all(call(engine) for engine in self._plain))
+                self._runner.run(_all(call(engine) for engine in self.engines))
             finally:
                 if self._memory:
                     _wait_for_all_ranks()
@@ -199,6 +220,14 @@ class SGLangServing:
             serialize=self._serialize,
             keep=keep,
         )
+
+
+def _said_by_rank_0(value: bool) -> bool:
+    """Collective."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def _wait_for_all_ranks() -> None:

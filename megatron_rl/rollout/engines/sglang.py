@@ -16,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,11 +47,13 @@ Serialize = Callable[[FlatBucket], str]
 class SGLangEngine:
     """See `base.Engine`. Made by `connect`. Holds no version of ours until `load_weights` or `adopt`."""
 
+    is_restarting = False
+
     def __init__(
         self, client: SGLangClient, model: ModelConfig, config: SGLangConfig, serialize: Callable[[], Serialize]
     ) -> None:
         self.name = client.name
-        self.capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=True, streaming=True)
+        self.capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=config.memory_saver, streaming=True)
         self.weight_version = -1  # none
         self._client, self._config = client, config
         self._make_serializer = serialize
@@ -133,7 +136,8 @@ class SGLangEngine:
         task.add_done_callback(self._insisting.discard)
 
     async def load_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
-        await load_weights([self], buckets, version)
+        for error in (await load_weights([self], buckets, version)).values():
+            raise error
 
     async def adopt(self, version: int) -> None:
         """Call what the server holds `version`, without loading anything."""
@@ -296,16 +300,31 @@ class SGLangEngine:
 
 async def load_weights(
     engines: Sequence[SGLangEngine], buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int
-) -> None:
-    """One pass over the buckets for all engines: each bucket goes to all of them while the next is gathered."""
-    await asyncio.gather(*(engine.begin_load() for engine in engines))
-    await send(buckets, partial(_deliver_to_all, engines))
-    await asyncio.gather(*(engine.finish_load(version) for engine in engines))
+) -> dict[str, EngineError]:
+    """One pass over the buckets for all engines: each bucket goes to all of them while the next is gathered.
 
+    Returns the errors of those that failed, by name. They take no further part; the others have got all, and the buckets
+    are taken to their end whatever happens."""
+    failed: dict[str, EngineError] = {}
 
-def _deliver_to_all(engines: Sequence[SGLangEngine], bucket: FlatBucket) -> None:
-    for engine in engines:
-        engine.deliver(bucket)
+    async def do(engine: SGLangEngine, step: Coroutine[Any, Any, None]) -> None:
+        try:
+            await step
+        except EngineError as e:
+            failed[engine.name] = e
+
+    def deliver(bucket: FlatBucket) -> None:
+        for engine in engines:
+            if engine.name not in failed:
+                try:
+                    engine.deliver(bucket)
+                except EngineError as e:
+                    failed[engine.name] = e
+
+    await asyncio.gather(*(do(engine, engine.begin_load()) for engine in engines))
+    await send(buckets, deliver)
+    await asyncio.gather(*(do(e, e.finish_load(version)) for e in engines if e.name not in failed))
+    return failed
 
 
 def _report(queue: asyncio.Queue[Chunk | BaseException], task: asyncio.Task[None]) -> None:
