@@ -34,6 +34,7 @@ from gpu_timing import Clock
 from result_file import FOLDER, Row, write_result
 from sglang_kill_points import KILLS, PHASES, ROOT, read_lines
 
+from megatron_rl.errors import BufferFileError
 from megatron_rl.report.metrics import read_metrics
 from megatron_rl.rollout.buffer import ReplayBuffer
 
@@ -107,12 +108,18 @@ class KilledRun:
         if not kills:
             return []
         buffer = ReplayBuffer(self.folder / "buffer.sqlite", read_only=True)
-        buffer.check()
+        try:
+            buffer.check()
+            broken = 0
+        except BufferFileError as e:
+            broken = 1
+            print(f"run {self.number}: {e}", flush=True)
         held = {str(t.id): t.token_ids for t in buffer.trajectories([status.id for status in buffer.statuses()])}
         table = ", ".join(f"{term.name} {term.count}" for term in buffer.conservation() if term.count)
         buffer.close()
         rows = [row for kill, then in kills for row in kill_rows(kill, then, held)]
         print(f"run {self.number}: buffer: {table}", flush=True)
+        rows.append(plain_row(f"run killed {', '.join(self.phases)}: rules of conservation broken", "files", broken, limit=0))
         return rows + self._metric_rows()
 
     def _metric_rows(self) -> list[Row]:

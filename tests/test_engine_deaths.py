@@ -1,4 +1,4 @@
-"""A server killed in every phase of an iteration: the run ends with the tokens, batches and weights of an undisturbed one."""
+"""Servers killed in every phase of an iteration, one beside another that lives: the run ends as an undisturbed one does."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Kills:
 
         def kill(phase: str) -> None:
             if self.due(phase):
-                processes[0].kill()
+                processes[self.iteration % 2].kill()
 
         def before(owner: Any, name: str, act: Callable[[], None]) -> None:
             original = getattr(owner, name)
@@ -100,8 +100,8 @@ class Kills:
         process.dies_in("update_weights_from_tensor", second_bucket)
 
 
-def trained(folder: Path, kills: Kills, patch: pytest.MonkeyPatch, **sglang: Any) -> dict[str, Any]:
-    """All of a run on a fake server that must not depend on its deaths, and how often it was started."""
+def trained(folder: Path, kills: Kills, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """All of a run on two fake servers that must not depend on its deaths, and how often they were started."""
     processes: list[FakeProcess] = []
 
     def process(config: Any, **options: Any) -> FakeProcess:
@@ -112,7 +112,7 @@ def trained(folder: Path, kills: Kills, patch: pytest.MonkeyPatch, **sglang: Any
     patch.setattr(serving_sglang, "ServerProcess", process)
     patch.setattr(run, "SGLangServing", partial(SGLangServing, program=("fake",), serialize=lambda: serialize))
     kills.install(patch, processes)
-    settings = {"max_restarts": len(PHASES), **sglang}
+    settings = {"engines": 2, "max_restarts": len(PHASES)}
     overrides = [f"run.folder={folder}", "run.checkpoint_every=1", "rollout.engine=sglang", "weights.bucket_bytes=40000"]
     overrides += [f"rollout.sglang.{key}={value}" for key, value in settings.items()]
     assert loop.train(configuration.load(write_recipe(folder.parent, iterations=ITERATIONS), overrides)) == 0
@@ -131,17 +131,17 @@ def trained(folder: Path, kills: Kills, patch: pytest.MonkeyPatch, **sglang: Any
         "counts": counts,
         "rewards": [(row["iteration"], row.get("reward/mean")) for row in rows],
         "weights": weights,
-        "starts": processes[0].num_starts,
+        "starts": sum(process.num_starts for process in processes),
     }
 
 
-def test_a_server_killed_in_every_phase_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_killed_in_every_phase_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         wanted = trained(tmp_path / "undisturbed" / "run", Kills(), patch)
     kills = Kills(*PHASES)
     with monkeypatch.context() as patch:
         found = trained(tmp_path / "killed" / "run", kills, patch)
-    assert not kills.left and found["starts"] == 1 + len(PHASES) and wanted["starts"] == 1
+    assert not kills.left and found["starts"] == 2 + len(PHASES) and wanted["starts"] == 2
     assert any(len(set(versions)) > 1 for _, versions in found["trajectories"].values()), "no partial rollout happened"
     for key in ("batches", "trajectories", "counts", "rewards"):
         assert found[key] == wanted[key], key
