@@ -27,7 +27,7 @@ from megatron_rl.rollout.engines.sglang_plugin.install import install
 
 _HOST = "127.0.0.1"
 _POLL_S = 0.2
-_END_S = 1.0  # of a process that breaks its connections
+_END_S = 2.5  # of a process that breaks its connections; SGLang looks after its children once a second
 _STOP_S = 10.0  # between SIGTERM and SIGKILL
 _TAIL_LINES = 12
 _HINTS = {  # words of a log, lower case: what to do
@@ -182,10 +182,11 @@ class ServerProcess:
 
     async def outlives_its_error(self) -> bool:
         """Whether it still runs, a moment after it gave an answer that a dying server may give as well."""
-        assert self._process is not None, "started before"
+        process = self._process  # another may have its place soon
+        assert process is not None, "started before"
         with suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(self._process.wait, _END_S)
-        return self.is_running
+            await asyncio.to_thread(process.wait, _END_S)
+        return process.poll() is None
 
     def tail(self) -> str:
         """The last lines of its log, of this start."""

@@ -96,7 +96,8 @@ class SupervisedEngine:
                             self._open.discard(chunk.trajectory_id)
                         yield chunk
             except EngineError as e:
-                if not await self._is_gone(e):
+                is_gone = await self._is_gone(e)
+                if not is_gone and engine is self._engine and not self.is_restarting:  # nobody has found it dead meanwhile
                     raise
                 await self._mend(engine, e)
                 ended = {i: ending for i, p in left.items() if (ending := self._ending_in_absence(p))}

@@ -187,6 +187,21 @@ def test_requests_of_a_server_that_hangs_or_will_not_start_at_once_are_answered_
     assert run(scenario()) == ([20, 20, 20], 3)
 
 
+def test_several_calls_that_a_lost_server_refuses_wait_for_one_restart(folder):
+    """Each finds out by itself, and one of them only when the next server is up."""
+
+    async def scenario():
+        async with quickly_supervised(folder, [fine, fine]) as (engine, server):
+            server.kill()
+            await engine.release_memory(["kv_cache", "weights"])
+            engine.engine.weight_version = -1  # a publish did not reach it
+            calls = [collect(engine, [request(i, prompt(i, 9), 5)]) for i in range(4)]
+            found = await asyncio.gather(*calls)
+            return [len(f[i].token_ids) for i, f in enumerate(found)], server.num_starts
+
+    assert run(scenario()) == ([5] * 4, 2)
+
+
 def test_requests_of_a_dead_server_go_on_where_they_were_under_the_same_weights(folder, tmp_path):
     requests = [request(i, prompt(i, 9 + i), 60, seed=3, weight_version=2) for i in range(4)]
 
