@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sglang_kills import KILLS, PHASES, ROOT, read_lines
+
 from megatron_rl import config as configuration
 from megatron_rl import loop, run
 from megatron_rl.rollout.buffer import ReplayBuffer
@@ -35,18 +37,7 @@ from megatron_rl.rollout.engines.sglang_supervisor import SupervisedEngine
 from megatron_rl.serving_sglang import SGLangServing
 from megatron_rl.training.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
-PHASES = (
-    "generating",
-    "before release",
-    "in release",
-    "training",
-    "in delivery",
-    "before KV is resumed",
-    "trainer",  # in the middle of generating
-)
 FIRST, APART = 2, 4  # iteration of a run's first kill, and iterations to the next
-KILLS = "kills.jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -172,11 +163,6 @@ def train(folder: Path, phases: Sequence[str], overrides: Sequence[str], *, smal
     folder.mkdir(parents=True, exist_ok=True)
     Killer(folder, config.buffer_path, phases).install()
     return loop.train(config)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in whole]
 
 
 if __name__ == "__main__":

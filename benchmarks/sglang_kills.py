@@ -15,6 +15,7 @@ What the runs say goes to DIR/sglang_kills_<number>.log. Exits with 1 where a ru
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -32,12 +33,21 @@ import numpy as np
 import torch
 from gpu_timing import Clock
 from result_file import FOLDER, Row, write_result
-from sglang_kill_points import KILLS, PHASES, ROOT, read_lines
 
 from megatron_rl.errors import BufferFileError
 from megatron_rl.report.metrics import read_metrics
 from megatron_rl.rollout.buffer import ReplayBuffer
 
+ROOT = Path(__file__).parents[1]
+PHASES = (
+    "generating",
+    "before release",
+    "in release",
+    "training",
+    "in delivery",
+    "before KV is resumed",
+    "trainer",  # in the middle of generating
+)
 PLAN = (  # the phases in which each run is killed, in order
     ("generating", "in delivery"),
     ("before release", "before KV is resumed"),
@@ -45,6 +55,7 @@ PLAN = (  # the phases in which each run is killed, in order
     ("trainer",),
 )
 ITERATIONS = 12
+KILLS = "kills.jsonl"  # in a run's folder
 OVERRIDES = (
     f"run.iterations={ITERATIONS}",
     "run.checkpoint_every=3",
@@ -167,6 +178,11 @@ def plain_row(case: str, unit: str, value: float, limit: float | None = None) ->
 def is_whole(rows: Sequence[Row]) -> bool:
     """Nothing is lost, no iteration is missing."""
     return all(row.limit is None or row.ours == row.limit for row in rows)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in whole]
 
 
 def prepare(folder: Path, model: Path | None) -> list[str]:
