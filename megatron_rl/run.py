@@ -70,7 +70,7 @@ class Run:
 
     def publish(self, version: int) -> None:
         """Give the trainer's weights to every engine. Collective; no request runs anywhere meanwhile."""
-        self.serving.load_weights(self.trainer.export_buckets(self.config.weights.bucket_bytes), version)
+        self.serving.load_weights(partial(self.trainer.export_buckets, self.config.weights.bucket_bytes), version)
         self.version = version
 
     def save(self) -> None:

@@ -9,7 +9,9 @@ memory saver, servers and trainer take turns on the GPU (paper 2.6.3), in this o
 
 so that weights of both sides and the KV cache are never there together with gradients. With servers given by URL the trainer
 stays where it is, as it does with `rollout.sglang.colocated=false`: those we start then have the GPUs after the trainer's, and
-weights are broadcast to them. How the trainer's state moves: `training/phase_memory.py`. A server's life: `rollout/engines/`.
+weights are broadcast to them. A server of ours that dies anywhere in this order is put up with: training goes on without it, and
+where the order ends it is started again, with the whole GPU free as at the start of the run, and published to in a second pass.
+How the trainer's state moves: `training/phase_memory.py`. A server's life: `rollout/engines/`.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_rl.config import Config
-from megatron_rl.errors import ConfigError, EngineGoneError
+from megatron_rl.errors import ConfigError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.engines.sglang import SGLangEngine, load_weights
@@ -67,7 +69,8 @@ class SGLangServing:
         settings = config.rollout.sglang
         self._gather_all: GatherAll = alone
         if launch.world_size > 1:  # not over NCCL, whose waiting ranks keep their GPU busy while a server starts on it
-            self._gather_all = Messages(config.training.collective_timeout_s + settings.ready_timeout_s).gather_all
+            starts_s = (1 + settings.max_restarts) * settings.ready_timeout_s
+            self._gather_all = Messages(config.training.collective_timeout_s + starts_s).gather_all
         self._transport: Transport = Broadcast(join, config.training.collective_timeout_s)
         if settings.colocated:
             self._transport = IPC(serialize, self._gather_all, rank=launch.rank)
@@ -105,25 +108,29 @@ class SGLangServing:
             return
         self.phase_seconds = dict.fromkeys(self.phase_seconds, 0.0)
         with self._turn("release", "released"):
-            self._runner.run(_all(e.health() for e in self._supervised))  # one that died since its last request is mended
             self._all_engines(lambda e: e.release_memory(("kv_cache", "weights")))
         if self._memory:
             with self._turn("onload", "onloaded"):
                 self._memory.onload(*PARTS)
 
-    def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
+    def load_weights(self, export: Callable[[], Iterator[list[tuple[str, torch.Tensor]]]], version: int) -> None:
         if self._memory:
             with self._turn("offload", "trained"):
                 self._memory.offload("gradients", "main_weights")
                 self._wait_for_all_ranks()
+        self._publish(export(), version)
+        while self._gather_all(any(engine.is_lost for engine in self._supervised))[0]:  # as rank 0 says
+            self._start_again()
+            self._publish(export(), version)
+
+    def _publish(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
+        """To the servers that lack `version`, from the trainer's parameters, which are off the GPU afterwards."""
         with self._turn("resume", "resumed"):
-            self._runner.run(_all(e.revive() for e in self._supervised))
             self._all_engines(lambda e: e.resume_memory(("weights",)))
         if self._memory:
             self._memory.begin_copy("parameters")  # the link is idle meanwhile
         if self.engines or self._transport.reads_every_rank:
-            bucket_bytes = self._config.rollout.sglang.bucket_bytes
-            self._runner.run(load_weights(self._plain, buckets, version, self._transport, bucket_bytes=bucket_bytes))
+            self._runner.run(self._deliver(buckets, version))
         else:
             for _ in buckets:
                 pass
@@ -136,6 +143,26 @@ class SGLangServing:
         with self._turn("resume", "generating"):
             self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
 
+    async def _deliver(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
+        lacking = [engine for engine in self._plain if engine.weight_version != version]
+        bucket_bytes = self._config.rollout.sglang.bucket_bytes
+        failed = await load_weights(lacking, buckets, version, self._transport, bucket_bytes=bucket_bytes)
+        for engine in self._supervised:
+            if engine.name in failed:
+                await engine.lose(failed.pop(engine.name))
+            engine.loaded(version)
+        for error in failed.values():
+            raise error
+
+    def _start_again(self) -> None:
+        """The servers that are gone, and the parameters back on the GPU for them."""
+        with self._turn("resume", "restarted"):
+            self._runner.run(_all(engine.revive() for engine in self._supervised))
+            self._wait_for_all_ranks()
+        if self._memory:
+            self._all_engines(lambda e: e.release_memory(("kv_cache",)))
+            self._memory.onload("parameters")
+
     def adopt_folder(self) -> None:
         """Call the model folder's weights, with which servers start, version 0, without loading anything."""
         self._runner.run(_all(engine.adopt(0) for engine in self._plain))
@@ -144,18 +171,16 @@ class SGLangServing:
 
     @contextmanager
     def readable_weights(self) -> Iterator[None]:
-        """With the servers' KV cache out of the way, which is empty at such a time. A dead server is no reason not to save."""
+        """With the servers' KV cache out of the way, which is empty at such a time."""
         if self._memory is None or not self._memory.is_away("parameters"):
             yield
             return
-        with suppress(EngineGoneError):
-            self._all_engines(lambda e: e.release_memory(("kv_cache",)))
+        self._all_engines(lambda e: e.release_memory(("kv_cache",)))
         self._memory.onload("parameters", "main_weights")
         yield
         self._memory.offload("parameters", "main_weights", changed=False)
         self._wait_for_all_ranks()
-        with suppress(EngineGoneError):
-            self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
+        self._all_engines(lambda e: e.resume_memory(("kv_cache",)))
 
     def leave_kv(self, *, for_next_start: bool) -> None:
         """Nothing: what a server keeps ends with it."""
@@ -197,11 +222,11 @@ class SGLangServing:
             found = self._memory.memory()
             self.phase_memory |= {f"memory/gpu_{kind}_{state}_bytes": value for kind, value in found.items()}
 
-    def _all_engines(self, call: Callable[[SGLangEngine], Coroutine[Any, Any, None]]) -> None:
+    def _all_engines(self, call: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
         """On rank 0, side by side; the other ranks wait until it is done."""
         if self._config.rollout.sglang.takes_turns:
             try:
-                self._runner.run(_all(call(engine) for engine in self._plain))
+                self._runner.run(_all(call(engine) for engine in self.engines))
             finally:
                 if self._memory:
                     self._wait_for_all_ranks()

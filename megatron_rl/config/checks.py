@@ -179,11 +179,6 @@ def _check_sglang(r: RolloutConfig) -> None:
     for name, key in _OWN_ARGUMENTS.items():
         if name in s.server_arguments:
             raise ConfigError(f"rollout.sglang.server_arguments.{name}: set {key} instead")
-    if s.ready_timeout_s > r.request_timeout_s:
-        raise ConfigError(
-            f"rollout.sglang.ready_timeout_s={s.ready_timeout_s:g}: more than rollout.request_timeout_s={r.request_timeout_s:g}, "
-            "so that a restart in a rollout phase would be taken for silence; lower it or raise the other"
-        )
     for url in s.urls:
         if s.colocated and not url.startswith(("http://127.0.0.1:", "http://localhost:")):
             raise ConfigError(

@@ -16,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +46,11 @@ _TAGS = ("kv_cache", "weights")
 class SGLangEngine:
     """See `base.Engine`. Made by `connect`. Holds no version of ours until `load_weights` or `adopt`."""
 
+    is_restarting = False
+
     def __init__(self, client: SGLangClient, model: ModelConfig, config: SGLangConfig, transport: Transport) -> None:
         self.name = client.name
-        self.capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=True, streaming=True)
+        self.capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=config.takes_turns, streaming=True)
         self.weight_version = -1  # none
         self._client, self._config = client, config
         self.transport = transport
@@ -132,7 +135,9 @@ class SGLangEngine:
 
     async def load_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
         """As a trainer of one rank does it; `load_weights` is for several."""
-        await load_weights([self], buckets, version, self.transport, bucket_bytes=self._config.bucket_bytes)
+        failed = await load_weights([self], buckets, version, self.transport, bucket_bytes=self._config.bucket_bytes)
+        for error in failed.values():
+            raise error
 
     async def adopt(self, version: int) -> None:
         """Call what the server holds `version`, without loading anything."""
@@ -290,16 +295,30 @@ async def load_weights(
     transport: Transport,
     *,
     bucket_bytes: int,
-) -> None:
+) -> dict[str, EngineError]:
     """One pass over the buckets for all engines, which share the transport: each goes to all of them, side by side, while the
-    next is gathered. Collective with the trainer's other ranks, which hold the same buckets and have no engines."""
-    await asyncio.gather(*(engine.begin_load() for engine in engines))
+    next is gathered. Collective with the trainer's other ranks, which hold the same buckets and have no engines.
+
+    Returns the errors of those that failed, by name. They take no further part, and the buckets are taken to their end whatever
+    happens. The others are at `version`, or without any where the transport broke: they are to be published to again."""
+    failed: dict[str, EngineError] = {}
+
+    async def do(engine: SGLangEngine, step: Coroutine[Any, Any, None]) -> None:
+        try:
+            await step
+        except EngineError as e:
+            failed[engine.name] = e
+
+    await asyncio.gather(*(do(engine, engine.begin_load()) for engine in engines))
     async with transport.in_use:
-        await transport.open([engine.receiver for engine in engines])
+        begun = [engine for engine in engines if engine.name not in failed]
+        await transport.open([engine.receiver for engine in begun])
         await send(buckets, transport, bucket_bytes=bucket_bytes)
-        for error in transport.failed.values():
-            raise error
-    await asyncio.gather(*(engine.finish_load(version) for engine in engines))
+        failed |= {engine.name: transport.failed[engine.receiver] for engine in begun if engine.receiver in transport.failed}
+        is_broken = transport.is_broken
+    if not is_broken:
+        await asyncio.gather(*(do(e, e.finish_load(version)) for e in engines if e.name not in failed))
+    return failed
 
 
 def _report(queue: asyncio.Queue[Chunk | BaseException], task: asyncio.Task[None]) -> None:

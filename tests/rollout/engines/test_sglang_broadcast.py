@@ -31,7 +31,8 @@ def holds(fake, folder, factor):
 
 
 async def publish(engines, buckets, version):
-    await load_weights(engines, buckets, version, engines[0].transport, bucket_bytes=1 << 14)
+    for error in (await load_weights(engines, buckets, version, engines[0].transport, bucket_bytes=1 << 14)).values():
+        raise error
 
 
 def served(folder, scenario, *, timeout_s=20.0, num_servers=2):
@@ -97,6 +98,34 @@ def test_a_publish_left_out_tensors_is_found_by_its_checksums_here_too(folder):
     served(folder, scenario, num_servers=1)
 
 
+def test_the_end_of_a_server_in_a_broadcast_is_no_fault_of_the_others_which_are_published_to_again(folder):
+    async def scenario(transport, servers, stack):
+        engines, dying = [s.engine for s in servers], servers[1].fake
+        update, num_updates, taken = dying._on_update_weights_from_distributed, 0, []
+
+        async def update_once(query, body):
+            nonlocal num_updates
+            num_updates += 1
+            if num_updates > 1:
+                raise dying.die("killed")
+            return await update(query, body)
+
+        def buckets():
+            for bucket in scaled(folder, 1.1):
+                taken.append(bucket)
+                yield bucket
+
+        dying._on_update_weights_from_distributed = update_once
+        failed = await load_weights(engines, buckets(), 1, transport, bucket_bytes=1 << 14)
+        assert list(failed) == ["sglang-1"] and isinstance(failed["sglang-1"], EngineGoneError)
+        assert len(taken) == len(scaled(folder, 1.1)), "the other ranks gather to the end"
+        assert engines[0].weight_version == -1, "it lacks what was left"
+        await publish(engines[:1], scaled(folder, 1.1), 1)
+        assert holds(servers[0].fake, folder, 1.1)
+
+    served(folder, scenario)
+
+
 def test_whoever_is_late_or_refuses_is_named_and_the_next_publish_has_a_new_group(folder):
     async def scenario(transport, servers, stack):
         engines = [s.engine for s in servers]
@@ -114,5 +143,6 @@ def test_whoever_is_late_or_refuses_is_named_and_the_next_publish_has_a_new_grou
         await servers[0].fake.close()
         with pytest.raises(EngineGoneError, match="engine sglang-0 at .*: the connection for /.* failed"):
             await publish(engines, scaled(folder, 1.3), 5)
+        assert engines[1].weight_version == 5 and holds(servers[1].fake, folder, 1.3), "found before the group was formed"
 
     served(folder, scenario, timeout_s=1.0)

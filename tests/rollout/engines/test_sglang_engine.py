@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import EngineError, EngineGoneError
 from megatron_rl.rollout.engines.embedded.weights import read_folder
+from megatron_rl.rollout.engines.sglang import load_weights
 from megatron_rl.rollout.engines.sglang_call import Call
 from megatron_rl.types import Ending
 
@@ -206,6 +207,39 @@ def test_the_first_publish_is_checked_against_what_the_server_read_itself(folder
             lambda s: publish_as_fresh(s, scaled(folder, 1.1), 4),
             before=lambda fake: fake.ignored_tensors.add("model.norm.weight"),
         )
+
+
+def test_an_engine_that_dies_in_delivery_costs_the_others_nothing(folder):
+    taken = []
+
+    def buckets():
+        for bucket in scaled(folder, 1.1):
+            taken.append(len(bucket))
+            yield bucket
+
+    async def scenario():
+        small = 1 << 14  # several calls
+        async with fake_server(folder) as dying, fake_server(folder) as living:
+            dying.engine.name = "sglang-1"
+            update, num_updates = dying.fake._on_update_weights_from_tensor, 0
+
+            async def update_once(query, body):
+                nonlocal num_updates
+                num_updates += 1
+                if num_updates > 1:
+                    raise dying.fake.die("killed")
+                return await update(query, body)
+
+            dying.fake._on_update_weights_from_tensor = update_once
+            engines = [dying.engine, living.engine]
+            failed = await load_weights(engines, buckets(), 1, living.engine.transport, bucket_bytes=small)
+            assert list(failed) == ["sglang-1"] and isinstance(failed["sglang-1"], EngineGoneError) and num_updates == 2
+            assert (dying.engine.weight_version, living.engine.weight_version) == (-1, 1)
+            return living.fake.weights
+
+    weights = run(scenario())
+    assert taken == [len(bucket) for bucket in scaled(folder, 1.1)], "the other ranks gather to the end"
+    assert all(torch.equal(weights[name], tensor * 1.1) for name, tensor in read_folder(folder))
 
 
 def test_weights_of_another_shape_are_refused_by_name_and_the_iterator_is_still_emptied(folder):
