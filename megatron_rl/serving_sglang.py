@@ -134,8 +134,6 @@ class SGLangServing:
         else:
             for _ in buckets:
                 pass
-        for engine in self._supervised:
-            engine.loaded(version)
         if self._memory:
             with self._turn("offload", "published"):
                 self._memory.offload("parameters")

@@ -15,7 +15,11 @@ from tests.resume.recipe import write_recipe
 FAKE = Path(__file__).parents[1] / "rollout" / "engines" / "fake_sglang.py"
 LAYOUTS = {
     "TP, a server of two ranks": ["training.tensor_parallel=2", "rollout.sglang.tensor_parallel=2"],
-    "DP, two servers": ["training.distributed_optimizer=true", "rollout.sglang.engines=2"],
+    "DP, two servers": [
+        "training.distributed_optimizer=true",
+        "rollout.sglang.engines=2",
+        "rollout.sglang.server_arguments={fake_fault: delivery}",
+    ],
 }
 
 

@@ -30,6 +30,9 @@ def test_two_ranks_train_on_servers_that_share_their_gpus(tmp_path: Path, zygote
         rows = [row for row in map(json.loads, lines) if "loss" in row]
         assert rows and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in rows), name
         assert all(row[f"time/{turn}_s"] > 0 for row in rows for turn in ("release", "onload", "offload", "resume", "publish"))
+    logs = [(tmp_path / "DP, two servers" / "log" / f"sglang-{i}.log").read_text() for i in range(2)]
+    ends = [sum(f.count("AssertionError: killed") for f in logs), sum(f.count("--model-path") for f in logs) - 2]
+    assert ends[0] == ends[1] >= 1, "who died in delivery was started again and published to by both ranks"
 
 
 class _Ranks:

@@ -6,8 +6,8 @@ log-probs of all tokens so far in every event (`log_probs="all"`, its way withou
 aborted before its first token answers in another form; releasing while busy and resuming what is not released kill the server;
 a prompt has to stay 6 tokens below the context, prompt and response together 2; an update through a group it is not in kills it.
 Groups are gloo's, whatever backend is asked for, and what is broadcast to it is received.
-As a program it loads plugins, takes SGLang's arguments and, after `--fake-fault`, a fault: `oom`, `hang`, or a number of events
-to die after.
+As a program it loads plugins, takes SGLang's arguments and, after `--fake-fault`, a fault: `oom`, `hang`, `delivery` to die
+in its second update of weights, or a number of events to die after.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ class FakeSGLang:
         self.kv_weights: list[list[int]] = []  # of each, numbers of the weights that its cached tokens were computed with
         self.ignored_tensors: set[str] = set()  # a fault: updates of these are lost
         self.dies_after: int | None = None  # events
+        self.dies_in_update: int | None = None  # its number; before anything of it is taken
+        self._num_updates = 0
         self.loses_aborts = 0  # a fault: so many aborts are lost
         self.misses_broadcasts = False  # a fault: it takes no part, and does not answer
         self.groups: dict[str, GlooGroup] = {}
@@ -208,6 +210,9 @@ class FakeSGLang:
         return self._take(payload["named_tensors"] if body["load_format"] is None else _views(payload), body["flush_cache"])
 
     def _take(self, tensors: Iterable[tuple[str, torch.Tensor]], flush_cache: bool) -> tuple[int, Any]:
+        self._num_updates += 1
+        if self._num_updates == self.dies_in_update:
+            raise self.die("killed")
         for name, tensor in tensors:
             held = self.weights.get(name)
             if held is None or held.shape != tensor.shape:
@@ -323,10 +328,11 @@ async def main(arguments: list[str]) -> None:
         sys.exit("torch.distributed.DistNetworkError: the server's ranks wait for the store of another launch")
     server = FakeSGLang(Path(values["--model-path"]))
     server.gpus = [int(values["--base-gpu-id"]) + rank for rank in range(int(values["--tp-size"]))]
-    if fault.isdigit():
-        marker = server.folder / "died"  # it dies once
-        server.dies_after = None if marker.exists() else int(fault)
+    marker = server.folder / "died"  # it dies once
+    if (fault.isdigit() or fault == "delivery") and not marker.exists():
         marker.touch()
+        server.dies_after = int(fault) if fault.isdigit() else None
+        server.dies_in_update = 2 if fault == "delivery" else None
     server.on_death = lambda: os._exit(3)
     if hooks := {target.rsplit(".", 1)[1]: hook for target, hook in load_plugins().items()}:
         server.plug(hooks["run_event_loop"], hooks["process_input_requests"])
