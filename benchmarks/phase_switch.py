@@ -121,7 +121,7 @@ def measure(setup: Setup, runner: asyncio.Runner, clock: Clock, out: Path, round
         export=None,
         memory=memory,
         program=setup.program,
-        transport=setup.transport,
+        serialize=setup.serializer,
     )
     bench = Bench(setup, chunks, memory, ceilings)
     try:
