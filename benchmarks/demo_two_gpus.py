@@ -162,7 +162,7 @@ def rows_of(name: str, trained: list[dict[str, Any]], one: dict[str, Any]) -> li
 def learning(name: str, trained: list[dict[str, Any]], one: dict[str, Any]) -> list[Row]:
     """Correctness in the first and the last third of the batches, against the same batches of each seed on one GPU."""
     curves = [curve for case, curve in one.get("curves", {}).items() if case.endswith("reward/correct")]
-    third = len(trained) // 3
+    third = max(1, len(trained) // 3)
     rows = []
     for first, last in ((0, third), (len(trained) - third, len(trained))):
         ours = [row["reward/correct"] for row in trained[first:last]]

@@ -13,14 +13,9 @@ from tests.distributed.ranks import Meeting, run_ranks
 from tests.resume.recipe import write_recipe
 
 FAKE = Path(__file__).parents[1] / "rollout" / "engines" / "fake_sglang.py"
-LAYOUTS = {
-    "TP, a server of two ranks": ["training.tensor_parallel=2", "rollout.sglang.tensor_parallel=2"],
-    "DP, two servers": [
-        "training.distributed_optimizer=true",
-        "rollout.sglang.engines=2",
-        "rollout.sglang.server_arguments={fake_fault: delivery}",
-    ],
-}
+LAYOUT = ["training.tensor_parallel=2", "rollout.sglang.tensor_parallel=2"]  # one server of two ranks
+BUCKETS = ["weights.bucket_bytes=4096", "rollout.sglang.bucket_bytes=16384"]
+FAULT = "rollout.sglang.server_arguments={fake_fault: delivery}"
 
 
 def train_served(folder: str) -> int:
@@ -33,14 +28,6 @@ def run_rank(meeting: Meeting, folder: Path) -> None:
 
     program = (sys.executable, str(FAKE))
     run.SGLangServing = partial(SGLangServing, program=program, serialize=lambda: serialize)  # type: ignore[misc,assignment]
-    for name, overrides in LAYOUTS.items():
-        settings = [
-            f"run.folder={folder / name}",
-            "rollout.engine=sglang",
-            "weights.bucket_bytes=4096",
-            "rollout.sglang.bucket_bytes=16384",
-            *overrides,
-        ]
-        config = configuration.load(folder / "config.yaml", settings)
-        meeting.prepare()
-        assert loop.train(config) == 0
+    settings = [f"run.folder={folder / 'run'}", "rollout.engine=sglang", *LAYOUT, *BUCKETS, FAULT]
+    meeting.prepare()
+    assert loop.train(configuration.load(folder / "config.yaml", settings)) == 0
