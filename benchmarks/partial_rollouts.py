@@ -68,6 +68,8 @@ SMALL = Workload(groups=2, group_size=2, median=8, sigma=0.8, longest=32, budget
 class ForcedLengths:
     """An engine whose responses end, as `stop`, at the length that was drawn for them."""
 
+    is_restarting = False
+
     def __init__(self, engine: SGLangEngine, workload: Workload) -> None:
         self.name, self.capabilities = engine.name, engine.capabilities
         self.abort = engine.abort

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ class Bench:
         serving.release()
         to_train = time.perf_counter() - start
         start = time.perf_counter()
-        serving.load_weights(hf.export_buckets(self.chunks, self.setup.config.weights.bucket_bytes), version)
+        serving.load_weights(partial(hf.export_buckets, self.chunks, self.setup.config.weights.bucket_bytes), version)
         to_rollout = time.perf_counter() - start
         steps = dict(serving.phase_seconds)
         steps["publish"] = to_rollout - steps["offload"] - steps["resume"]
@@ -125,7 +126,7 @@ def measure(setup: Setup, runner: asyncio.Runner, clock: Clock, out: Path, round
     bench = Bench(setup, chunks, memory, ceilings)
     try:
         clock.tell("first publish")
-        serving.load_weights(hf.export_buckets(chunks, setup.config.weights.bucket_bytes), 0)
+        serving.load_weights(partial(hf.export_buckets, chunks, setup.config.weights.bucket_bytes), 0)
         for version in range(1, rounds + 2):
             if version > 2 and not clock.has_time_for(f"round {version}", 6):
                 break

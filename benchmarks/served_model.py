@@ -22,13 +22,13 @@ from megatron_rl import config as configuration
 from megatron_rl.config import Config
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.engines.sglang import SGLangEngine
-from megatron_rl.rollout.engines.sglang_compat import cuda_ipc_serializer
+from megatron_rl.rollout.engines.sglang_compat import NCCLGroup, cuda_ipc_serializer
 from megatron_rl.rollout.engines.sglang_http import SGLangClient
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, sglang_program
+from megatron_rl.rollout.engines.sglang_transport import IPC, Broadcast, Transport
 from megatron_rl.training import parallel
 from megatron_rl.training.model import PolicyModel
 from megatron_rl.weights.handles import Serialize
-from megatron_rl.weights.transport import FlatBucket
 
 T = TypeVar("T")
 
@@ -68,6 +68,7 @@ class Setup:
     device: torch.device
     program: tuple[str, ...]  # what starts a server
     serializer: Callable[[], Serialize]
+    transport: Transport
     small: bool
 
 
@@ -96,28 +97,29 @@ def prepare(folder: Path, *, small: bool, layers: int, overrides: Sequence[str],
     )
     device = torch.device("cpu") if small else torch.device("cuda", 0)
     model = ModelConfig.from_folder(model_folder)
+    colocated = config.rollout.sglang.colocated
     if not small:
-        return Setup(config, model, device, sglang_program(), cuda_ipc_serializer, small)
-    return Setup(config, model, device, (sys.executable, str(FAKE / "fake_sglang.py")), lambda: fake_serialize, small)
-
-
-def fake_serialize(bucket: FlatBucket) -> str:
+        transport = IPC(cuda_ipc_serializer) if colocated else Broadcast(NCCLGroup, SILENCE_S)
+        return Setup(config, model, device, sglang_program(), cuda_ipc_serializer, transport, small)
     sys.path[:0] = [] if str(FAKE) in sys.path else [str(FAKE)]
-    from fake_sglang import serialize
+    from fake_sglang import GlooGroup, serialize
 
-    return serialize(bucket)
+    transport = IPC(lambda: serialize) if colocated else Broadcast(GlooGroup, SILENCE_S)
+    program = (sys.executable, str(FAKE / "fake_sglang.py"))
+    return Setup(config, model, device, program, lambda: serialize, transport, small)
 
 
 @asynccontextmanager
 async def open_server(setup: Setup) -> AsyncIterator[tuple[SGLangEngine, SGLangClient]]:
     """The engine at version 0, and a client for what only benchmarks ask. Prints the log's last lines where something fails."""
-    server = ServerProcess(setup.config, name="sglang-0", index=0, program=setup.program)
+    first_gpu = 0 if setup.config.rollout.sglang.colocated else 1
+    server = ServerProcess(setup.config, name="sglang-0", index=0, program=setup.program, first_gpu=first_gpu)
     clients: list[SGLangEngine | SGLangClient] = []
     try:
         url = await server.start()
         sglang = setup.config.rollout.sglang
         engine = await SGLangEngine.connect(
-            url, setup.model, sglang, name="sglang-0", silence_s=SILENCE_S, serialize=setup.serializer
+            url, setup.model, sglang, name="sglang-0", silence_s=SILENCE_S, transport=setup.transport
         )
         clients.append(engine)
         client = SGLangClient(url, name="sglang-0", silence_s=SILENCE_S)

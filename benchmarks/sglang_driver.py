@@ -27,6 +27,7 @@ from megatron_rl.rollout.engines.base import Engine, Request, Sampling
 from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_compat import cuda_ipc_serializer
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, sglang_program
+from megatron_rl.rollout.engines.sglang_transport import IPC
 
 NUM_REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 512
 
@@ -50,7 +51,7 @@ async def all_ours(config: Config, repeats: int) -> list[float]:
     server = ServerProcess(config, name="sglang-0", index=0, program=sglang_program())
     try:
         url = await server.start()
-        connect = partial(SGLangEngine.connect, name="sglang-0", silence_s=120.0, serialize=cuda_ipc_serializer)
+        connect = partial(SGLangEngine.connect, name="sglang-0", silence_s=120.0, transport=IPC(cuda_ipc_serializer))
         engine = await connect(url, model, config.rollout.sglang)
         await engine.adopt(0)
         speeds = [await ours(engine, contexts(model.vocab_size, i)) for i in range(repeats + 1)]

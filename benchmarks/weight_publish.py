@@ -1,12 +1,15 @@
-"""Seconds of a weight publish from Megatron to an SGLang server on the same GPU, against SGLang's plain per-tensor path.
+"""Seconds of a weight publish from Megatron to an SGLang server, on the same GPU or another, against SGLang's per-tensor path.
 
 A random model of Qwen3-8B's shape (16.4 GB in bfloat16): Megatron's chunks here, a server with its own random weights there.
-Ours is `SGLangEngine.load_weights` from call to return: gather, flush and version label included. Peers are
-/update_weights_from_tensor with every tensor by its own handle, all of them in one call (what `sglang.Engine` does) and one call
-a tensor, with the same gather and flush. The first publish is checked by checksums around noise; every side must leave the server
-with the same checksums. The limit of a row is its target, 0.5 s for 16 GB, scaled by size; for memory, two buckets. Unattended:
+Ours is `SGLangEngine.load_weights` from call to return: gather, flush and version label included. The peers, with the same gather
+and flush: /update_weights_from_tensor with every tensor by its own handle, all in one call (what `sglang.Engine` does), or one
+call a tensor; by broadcast, /update_weights_from_distributed with every tensor broadcast alone, in one call. All in one call
+needs every tensor there at once: on one rank only copies of the fused QKV matrices are new memory, on several the whole model is.
+The first publish is checked by checksums around noise; every side must leave the server with the same checksums. The limit of a
+row is its target, 0.5 s for 16 GB, scaled by size; for memory, two buckets. Where seconds go: `publish_profile.py`. Unattended:
 
-    python benchmarks/weight_publish.py [--out DIR] [--layers 36] [--seconds 150]     # one GPU, 45 GB of its memory
+    python benchmarks/weight_publish.py [--out DIR] [--layers 36] [--seconds 120]     # one GPU, 45 GB of its memory
+    python benchmarks/weight_publish.py --transport distributed [...]                 # two GPUs; writes weight_broadcast.json
     python benchmarks/weight_publish.py --small --out DIR                              # no numbers worth reading: on a CPU
 """
 
@@ -18,6 +21,7 @@ import base64
 import io
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,18 +29,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from gpu_timing import Clock, machine_ceilings, percentiles, show, synchronize
+from publish_profile import Publish, profile
 from result_file import FOLDER, Row, write_result
-from served_model import GPUMemory, Lap, Setup, attempt, fill_at_random, megatron_of_one, open_server, prepare, weight_bytes
+from served_model import GPUMemory, Setup, attempt, fill_at_random, megatron_of_one, open_server, prepare, weight_bytes
 
 from megatron_rl.rollout.engines.sglang import SGLangEngine
+from megatron_rl.rollout.engines.sglang_compat import NCCLGroup
 from megatron_rl.rollout.engines.sglang_http import SGLangClient
+from megatron_rl.rollout.engines.sglang_transport import Group
 from megatron_rl.training.model import PolicyModel, build_model
 from megatron_rl.weights import hf
-from megatron_rl.weights.transport import Flattener
+from megatron_rl.weights.transport import Tensors
 
 TARGET_S_PER_BYTE = 0.5 / 16e9
-BUCKETS = (64 << 20, 128 << 20, 512 << 20, 1 << 30)  # besides the default
+BUCKETS = (128 << 20, 256 << 20, 512 << 20, 2 << 30)  # besides the default
 Side = Callable[[], Awaitable[None]]
 
 
@@ -54,12 +62,25 @@ class Bench:
     version: int = 0
 
     @property
-    def bucket_bytes(self) -> int:
-        return self.setup.config.weights.bucket_bytes
+    def name(self) -> str:
+        return "weight_publish" if self.setup.config.rollout.sglang.colocated else "weight_broadcast"
 
-    async def ours(self, bucket_bytes: int | None = None) -> None:
+    @property
+    def bucket_bytes(self) -> int:
+        return self.engine._config.bucket_bytes
+
+    def buckets(self) -> Iterable[Tensors]:
+        return hf.export_buckets(self.chunks, min(self.setup.config.weights.bucket_bytes, self.bucket_bytes // 4))
+
+    async def ours(self) -> None:
         self.version += 1
-        await self.engine.load_weights(hf.export_buckets(self.chunks, bucket_bytes or self.bucket_bytes), self.version)
+        await self.engine.load_weights(self.buckets(), self.version)
+
+    @property
+    def peers(self) -> dict[str, Side]:
+        if not self.setup.config.rollout.sglang.colocated:
+            return {"per tensor, one call": self.broadcast_in_one_call}
+        return {"per tensor, one call": self.one_call, "per tensor, a call each": self.call_a_tensor}
 
     async def one_call(self) -> None:
         """Every tensor's own handle, in one call."""
@@ -67,6 +88,23 @@ class Bench:
 
     async def call_a_tensor(self) -> None:
         await self._plainly([named] for named in hf.export(self.chunks))
+
+    async def broadcast_in_one_call(self) -> None:
+        await self.client.post("/flush_cache?timeout=30", None)
+        of = self.setup.transport._of  # the group that ours made
+        tensors = [(name, tensor.contiguous()) for name, tensor in hf.export(self.chunks)]
+        body = {
+            "names": [name for name, _ in tensors],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+            "shapes": [list(tensor.shape) for _, tensor in tensors],
+            "group_name": of.name,
+            "load_format": None,
+            "flush_cache": False,
+        }
+        path = "/update_weights_from_distributed"
+        calling = asyncio.create_task(asyncio.to_thread(self.client.post_blocking, path, body))
+        await asyncio.to_thread(broadcast_each, of.group, [tensor for _, tensor in tensors])
+        await calling
 
     async def _plainly(self, calls: Iterable[list[tuple[str, torch.Tensor]]]) -> None:
         await self.client.post("/flush_cache?timeout=30", None)
@@ -85,13 +123,25 @@ class Bench:
         show(list(rows))
         self.rows += rows
         write_result(
-            "weight_publish",
+            self.name,
             self.rows,
             ceilings=self.ceilings,
             packages=["torch", "aiohttp"] if self.setup.small else ["torch", "sglang", "aiohttp", "megatron-core"],
             device=self.setup.device,
             folder=self.out,
         )
+
+
+def broadcast_each(group: Group, tensors: list[torch.Tensor]) -> None:
+    if not isinstance(group, NCCLGroup):
+        for tensor in tensors:
+            group.broadcast(tensor.view(-1).view(torch.uint8))
+        return
+    with torch.cuda.device(tensors[0].device):
+        works = [dist.broadcast(tensor, group=group._group, group_src=0, async_op=True) for tensor in tensors]
+        for work in works:
+            work.wait()
+        torch.cuda.current_stream().synchronize()
 
 
 def plain_serializer() -> Callable[[Any], str]:
@@ -115,33 +165,31 @@ async def seconds(side: Side, device: torch.device) -> float:
 
 
 async def compare(bench: Bench) -> None:
-    """Ours and the peers in turn; a peer counts only if it leaves the weights ours left."""
+    """Ours and the peers in turn; a peer counts only if it leaves the weights ours left. The slow one has three turns."""
     reference = await bench.checksums()
-    peers: dict[str, Side] = {"per tensor, one call": bench.one_call, "per tensor, a call each": bench.call_a_tensor}
+    peers = bench.peers
     for name, side in list(peers.items()):
         await bench.client.post("/weights_checker", {"action": "reset_tensors"})
         await attempt(name, side(), bench.failures)
-        if name in bench.failures:
-            del peers[name]
-        elif await bench.checksums() != reference:
+        if name not in bench.failures and await bench.checksums() != reference:
             bench.failures[name] = "leaves other weights than ours"
-            print(f"MISSING {name}: {bench.failures.pop(name)}", flush=True)
+            print(f"MISSING {name}: {bench.failures[name]}", flush=True)
+        if name in bench.failures:
             del peers[name]
     sides: dict[str, Side] = {"ours": bench.ours, **peers}
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    share = min(40.0, bench.clock.left / 2)
-    until = bench.clock.left - share
+    until = bench.clock.left - min(12.0, bench.clock.left / 3)
     while len(taken["ours"]) < 3 or (len(taken["ours"]) < 15 and bench.clock.left > until):
         for name, side in list(sides.items()):
             found = await attempt(name, seconds(side, bench.setup.device), bench.failures)
-            if found is None:
-                del sides[name]
-            else:
+            if found is not None:
                 taken[name].append(found)
+            if found is None or (found > 1.0 and len(taken[name]) == 3):
+                del sides[name]
     await bench.ours()
     assert await bench.checksums() == reference, "ours left other weights than at first"
     gigabytes = weight_bytes(bench.chunks) / 1e9
-    for name in [*peers, *(name for name in bench.failures if name.startswith("per tensor"))] or ["per tensor"]:
+    for name in bench.peers:
         bench.add(publish_row(bench, f"publish, {gigabytes:.1f} GB in buckets of {bench.bucket_bytes >> 20} MiB", taken, name))
 
 
@@ -164,75 +212,56 @@ def publish_row(bench: Bench, case: str, taken: dict[str, list[float]], peer: st
 
 
 async def bucket_sizes(bench: Bench) -> None:
+    default = bench.engine._config
     for size in BUCKETS if not bench.setup.small else (1 << 12,):
-        if bench.clock.has_time_for(f"buckets of {size >> 20} MiB", 5):
-            await bench.ours(size)  # its buffers are not there yet
-            samples = [await seconds(lambda: bench.ours(size), bench.setup.device) for _ in range(4)]  # noqa: B023  awaited here
+        if bench.clock.has_time_for(f"buckets of {size >> 20} MiB", 4):
+            bench.engine._config = default.model_copy(update={"bucket_bytes": size})
+            await bench.ours()  # its buffers are not there yet
+            samples = [await seconds(bench.ours, bench.setup.device) for _ in range(4)]
             bench.add(publish_row(bench, f"publish, in buckets of {size >> 20} MiB", {"ours": samples}, None))
+    bench.engine._config = default
 
 
-async def memory(bench: Bench) -> None:
-    """Peak of what this process allocated beside the weights, against two buckets."""
+async def peak_of(bench: Bench, side: Side) -> tuple[int, int]:
+    """Bytes beside the weights: the most that this process allocated, and by how much the GPU's free memory fell, as sampled."""
     gpu = GPUMemory(bench.setup.device)
     gpu.reset_peak()
     before, free, lowest, watching = gpu.allocated, gpu.free, gpu.free, True
 
-    async def watch() -> None:  # what the server needs shows in the GPU's free memory only
+    def watch() -> None:  # what the server needs shows in the GPU's free memory only
         nonlocal lowest
         while watching:
             lowest = min(lowest, gpu.free)
-            await asyncio.sleep(0.002)
+            time.sleep(0.002)
 
-    watcher = asyncio.create_task(watch())
-    await bench.ours()
-    watching = False
-    await watcher
-    peak = gpu.peak - before
-    print(f"least free memory fell by {(free - lowest) / 1e9:.2f} GB, both processes, as sampled", flush=True)
-    largest = max(tensor.numel() * tensor.element_size() for _, tensor in hf.export(bench.chunks)) / 1e9
-    gb = bench.bucket_bytes / 1e9
-    case = f"peak memory beside the weights; a bucket is {gb:.2f} GB, the largest tensor {largest:.2f} GB"
-    ratio = round(2e9 * gb / peak, 3) if peak else None
-    bench.add(Row(case, "GB", round(peak / 1e9, 3), None, None, round(2 * gb, 3), None, ratio, {}))
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        await side()
+    finally:
+        watching = False
+        watcher.join()
+    return gpu.peak - before, free - lowest
 
 
-async def steps(bench: Bench) -> dict[str, float]:
-    """One publish step after step: what `load_weights` overlaps, one after the other."""
-    device, serialize = bench.setup.device, bench.setup.serializer()
-    lap = Lap(device)
-    await bench.client.post("/flush_cache?timeout=30", None)
-    lap.mark("flush")
-    flattener, buckets = Flattener(), iter(hf.export_buckets(bench.chunks, bench.bucket_bytes))
-    lap.mark("flush")
-    for tensors in buckets:
-        lap.mark("gather")
-        bucket = flattener.flatten(tensors)
-        lap.mark("flatten")
-        body = {"serialized_named_tensors": [serialize(bucket)], "load_format": "flattened_bucket", "flush_cache": False}
-        lap.mark("serialize")
-        bench.client.post_blocking("/update_weights_from_tensor", body)
-        lap.mark("HTTP and load")
-    del flattener, bucket
-    if device.type == "cuda":
-        torch.cuda.ipc_collect()
-    lap.mark("collect handles")
-    name, tensor = next(t for t in hf.export(bench.chunks) if t[1].dim() == 1)
-    num_buckets = sum(1 for _ in hf.export_buckets(bench.chunks, bench.bucket_bytes))
-    found, lap = lap.seconds, Lap(device)
-    for _ in range(num_buckets):  # as many calls with next to nothing in them
-        body["serialized_named_tensors"] = [serialize(Flattener().flatten([(name, tensor)]))]
-        bench.client.post_blocking("/update_weights_from_tensor", body)
-    lap.mark("of that, HTTP")
-    return found | lap.seconds
+async def memory(bench: Bench) -> None:
+    """Against two buckets, and against the peer that has every tensor there at once."""
+    peak, fallen = await peak_of(bench, bench.ours)
+    name, side = next(iter(bench.peers.items()))
+    found = await attempt(f"memory, {name}", peak_of(bench, side), bench.failures)
+    limit = 2 * bench.bucket_bytes
+    for what, ours, theirs in (
+        ("peak memory of the trainer beside the weights", peak, found and found[0]),
+        ("fall of its GPU's free memory, both processes", fallen, found and found[1]),
+    ):
+        peer = round(theirs / 1e9, 3) if theirs else None
+        ratios = round(theirs / ours, 3) if theirs and ours else None, round(limit / ours, 3) if ours else None
+        bench.add(Row(what, "GB", round(ours / 1e9, 3), peer, peer and name, round(limit / 1e9, 3), *ratios, {}))
 
 
 async def breakdown(bench: Bench) -> None:
-    found = [await steps(bench) for _ in range(1 if bench.setup.small else 4)][-3:]
-    for step in found[0]:
-        samples = [each[step] for each in found]
-        spread = {"ours": (round(min(samples), 4), round(max(samples), 4))}
-        row = Row(f"step by step: {step}", "s", round(statistics.median(samples), 4), None, None, None, None, None, spread)
-        bench.add(row)
+    publish = Publish(bench.setup, bench.engine, bench.client, bench.buckets, bench.bucket_bytes, bench.version)
+    bench.add(*await profile(publish, 1 if bench.setup.small else 3))
 
 
 async def measure(setup: Setup, clock: Clock, out: Path, ceilings: dict[str, float]) -> dict[str, str]:
@@ -249,7 +278,7 @@ async def measure(setup: Setup, clock: Clock, out: Path, ceilings: dict[str, flo
             )
             await bench.ours()
             await compare(bench)
-            for what, needed, case in (("memory", 3, memory), ("step by step", 8, breakdown), ("buckets", 5, bucket_sizes)):
+            for what, needed, case in (("memory", 2, memory), ("step by step", 3, breakdown), ("buckets", 4, bucket_sizes)):
                 if clock.has_time_for(what, needed):
                     await attempt(what, case(bench), bench.failures)
             return bench.failures
@@ -259,14 +288,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
     parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--seconds", type=float, default=150, help="after which no case is started")
+    parser.add_argument("--seconds", type=float, default=120, help="after which no case is started")
+    parser.add_argument("--transport", choices=("ipc", "distributed"), default="ipc", help="same GPU, or the next one")
     parser.add_argument("--small", action="store_true", help="a tiny model and a fake server, on a CPU")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() and not arguments.small:
-        parser.error("no GPU here; --small tries the code on a CPU")
+    shares = arguments.transport == "ipc"
+    if torch.cuda.device_count() < 2 - shares and not arguments.small:
+        parser.error(f"{2 - shares} GPUs needed; --small tries the code on a CPU")
     clock = Clock.of(arguments.seconds)
     with tempfile.TemporaryDirectory() as folder:
-        overrides = ["rollout.sglang.mem_fraction=0.35"]
+        overrides = ["rollout.sglang.mem_fraction=0.35", f"rollout.sglang.colocated={str(shares).lower()}"]
+        overrides += ["weights.bucket_bytes=65536", "rollout.sglang.bucket_bytes=262144"] if arguments.small else []
         setup = prepare(
             Path(folder), small=arguments.small, layers=arguments.layers, overrides=overrides, disable_cuda_graph=True
         )
@@ -276,7 +308,7 @@ def main() -> None:
         failures = asyncio.run(measure(setup, clock, arguments.out, ceilings))
     for what, reason in failures.items():
         print(f"MISSING {what}: {reason}")
-    print(f"{clock.seconds - clock.left:.0f} s; {arguments.out}/weight_publish.json")
+    print(f"{clock.seconds - clock.left:.0f} s; {arguments.out}/{'weight_publish' if shares else 'weight_broadcast'}.json")
 
 
 if __name__ == "__main__":

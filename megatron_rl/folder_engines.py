@@ -34,7 +34,7 @@ def folder_engines(config: Config, folder: Path, runner: asyncio.Runner, *, name
         )
     served = config.model_copy(update={"model": config.model.model_copy(update={"folder": folder})})
     (config.run.folder / "log").mkdir(parents=True, exist_ok=True)
-    launch = Launch(0, 1, 0, 1, "127.0.0.1")
+    launch = Launch(0, 1, 0, local_world_size=0, master_host="127.0.0.1")  # no trainer has a GPU here
     serving = SGLangServing(served, ModelConfig.from_folder(folder), launch, runner, export=None, memory=None)
     try:
         serving.adopt_folder()

@@ -84,7 +84,7 @@ class IntervalEvaluation:
         """Empty caches have the room for kept KV that they would have had. A server without a memory saver cannot be emptied
         here: what finds no room there is computed again, and counted."""
         r = self._config.rollout
-        if r.kv_policy == "keep" and (r.engine == "embedded" or r.sglang.memory_saver):
+        if r.kv_policy == "keep" and (r.engine == "embedded" or r.sglang.takes_turns):
             for engine in engines:
                 await engine.health()  # a server that died since its last request is mended
                 await engine.release_memory(("kv_cache",))

@@ -70,7 +70,7 @@ class Run:
 
     def publish(self, version: int) -> None:
         """Give the trainer's weights to every engine. Collective; no request runs anywhere meanwhile."""
-        self.serving.load_weights(self.trainer.export_buckets(self.config.weights.bucket_bytes), version)
+        self.serving.load_weights(partial(self.trainer.export_buckets, self.config.weights.bucket_bytes), version)
         self.version = version
 
     def save(self) -> None:
@@ -147,7 +147,7 @@ def _open_serving(
     if config.rollout.engine == "embedded":
         return EmbeddedServing(config, model, ranks, runner, identity=identity)
     export = partial(trainer.export_buckets, config.weights.bucket_bytes) if ranks.world_size == 1 else None
-    shares = config.rollout.sglang.memory_saver and not config.rollout.sglang.urls
+    shares = config.rollout.sglang.takes_turns and not config.rollout.sglang.urls
     memory = PhaseMemory(trainer.chunks, trainer.optimizer) if shares else None
     return SGLangServing(config, model, ranks, runner, export=export, memory=memory)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
@@ -53,9 +53,10 @@ class Serving(Protocol):
         """Lend the engines' memory to the training phase (paper 2.6.3); `load_weights` takes it back."""
         ...
 
-    def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
-        """Collective through `buckets`, so iterated in this thread: a rank without an engine drains them. On rank 0 it
-        returns when every engine has reached `version`."""
+    def load_weights(self, export: Callable[[], Iterator[list[tuple[str, torch.Tensor]]]], version: int) -> None:
+        """Collective through the buckets that `export` gives, so iterated in this thread: a rank without an engine drains them.
+        Taken again where an engine has to be started again meanwhile. On rank 0 it returns when every engine has reached
+        `version`."""
         ...
 
     def readable_weights(self) -> AbstractContextManager[None]:
@@ -107,12 +108,12 @@ class EmbeddedServing:
         if self.local:
             self._runner.run(self.local.release_memory(("weights", "kv_cache")))
 
-    def load_weights(self, buckets: Iterator[list[tuple[str, torch.Tensor]]], version: int) -> None:
+    def load_weights(self, export: Callable[[], Iterator[list[tuple[str, torch.Tensor]]]], version: int) -> None:
         if self.local:
-            self._runner.run(self.local.load_weights(buckets, version))
+            self._runner.run(self.local.load_weights(export(), version))
             self._runner.run(self.local.resume_memory(("weights", "kv_cache")))
         else:
-            for _ in buckets:
+            for _ in export():
                 pass
         for engine in self._remote:
             self._runner.run(engine.load_weights((), version))

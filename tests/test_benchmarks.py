@@ -70,6 +70,14 @@ def test_empty_heads_change_no_weight_of_the_others_and_stay_empty(tmp_path: Pat
             assert found.count_nonzero() == kept.count_nonzero(), name
 
 
+def test_a_killed_server_is_reported_with_what_became_of_every_trajectory(tmp_path: Path) -> None:
+    told = run("sglang_kills.py", "--small", "--out", str(tmp_path), "--phases", "in delivery")
+    result = json.loads((tmp_path / "sglang_kills.json").read_text(encoding="utf-8"))
+    found = {row["case"].partition(":")[0] + row["unit"]: row["ours"] for row in result["rows"]}
+    assert found["killed in deliverytrajectories"] == 0 and found["killed in deliverys"] > 0, told
+    assert found["run killed in deliveryiterations"] == 12 and "in delivery, iteration 2: went on after" in told
+
+
 def test_the_crossover_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
     curves = {"tokens": [512.0, 2048.0], "restore_s": [0.03, 0.04], "prefill_s": [0.02, 0.4], "copy_s": [0.03, 0.039]}
     (tmp_path / "r.json").write_text(json.dumps({"device": "a GPU <1>", "curves": curves}), encoding="utf-8")

@@ -13,15 +13,16 @@ from megatron_rl import config as configuration
 from megatron_rl import loop, run
 from megatron_rl.errors import ConfigError
 from megatron_rl.rollout.buffer import ReplayBuffer
-from megatron_rl.serving_sglang import SGLangServing
+from megatron_rl.serving_sglang import SGLangServing, _first_gpu
+from megatron_rl.training.parallel import Launch
 from tests.resume.recipe import write_recipe
-from tests.rollout.engines.fake_sglang import serialize
+from tests.rollout.engines.fake_sglang import GlooGroup, serialize
 
 PROGRAM = (sys.executable, str(Path(__file__).parent / "rollout" / "engines" / "fake_sglang.py"))
 
 
 def served_by_fake(*arguments, **options):
-    return SGLangServing(*arguments, **options, program=PROGRAM, serialize=lambda: serialize)
+    return SGLangServing(*arguments, **options, program=PROGRAM, serialize=lambda: serialize, join=GlooGroup)
 
 
 def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +43,33 @@ def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkey
     buffer = ReplayBuffer(tmp_path / "run" / "buffer.sqlite", read_only=True)
     buffer.check()
     buffer.close()
+
+
+def test_servers_with_gpus_of_their_own_take_no_turns_and_get_every_version_by_broadcast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the two dies in the middle, and is given the weights of that iteration in a group of its own."""
+    monkeypatch.setattr(run, "SGLangServing", served_by_fake)
+    settings = ["rollout.engine=sglang", "rollout.sglang.colocated=false", "rollout.sglang.engines=2"]
+    fault = "rollout.sglang.server_arguments={fake_fault: 30}"
+    config = configuration.load(write_recipe(tmp_path, iterations=3), [f"run.folder={tmp_path / 'run'}", *settings, fault])
+    assert loop.train(config) == 0
+    trained = [row for line in (tmp_path / "run" / "metrics.jsonl").open() if "loss" in (row := json.loads(line))]
+    assert len(trained) >= 2 and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in trained)
+    assert all("time/onload_s" not in row and row["time/release_s"] == 0 for row in trained)
+    logs = [(tmp_path / "run" / "log" / f"sglang-{i}.log").read_text() for i in range(2)]
+    assert sum(log.count("--model-path") for log in logs) == 3, "one died once"
+    assert "--base-gpu-id 1 " in logs[0] and "--base-gpu-id 2 " in logs[1], "the trainer has GPU 0"
+    assert not any("--enable-memory-saver" in log for log in logs)
+
+
+def test_too_few_gpus_for_servers_of_their_own_are_one_error(tmp_path: Path) -> None:
+    settings = ["rollout.engine=sglang", "rollout.sglang.colocated=false", "rollout.sglang.tensor_parallel=2"]
+    config = configuration.load(write_recipe(tmp_path, iterations=1), [f"run.folder={tmp_path / 'run'}", *settings])
+    of_two = Launch(rank=0, world_size=2, local_rank=0, local_world_size=2, master_host="127.0.0.1")
+    assert _first_gpu(config, of_two, 4) == 2
+    with pytest.raises(ConfigError, match=r"need 2 GPUs beside 2 for the trainer's ranks .*; this machine shows 3; lower one"):
+        _first_gpu(config, of_two, 3)
 
 
 def test_a_run_keeps_kv_in_servers_that_find_the_plugin_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +97,9 @@ def test_a_run_keeps_kv_in_servers_that_find_the_plugin_by_themselves(tmp_path: 
     [
         (["rollout.kv_policy=keep", "rollout.sglang.urls=[http://127.0.0.1:30000]"], "only servers started by us have"),
         (["rollout.kv_policy=keep", "rollout.kv_store.drift_samples=2"], "kv_store.drift_samples=2: an SGLang server"),
-        (["rollout.sglang.urls=[http://elsewhere:30000]"], "must be on this machine"),
+        (["rollout.sglang.urls=[http://elsewhere:30000]"], "must be on this machine, .* set colocated=false"),
+        (["rollout.sglang.bucket_bytes=1000000000"], "less than 4 times weights.bucket_bytes=268435456"),
         (["rollout.sglang.server_arguments={port: 1}"], "server_arguments.port: set rollout.sglang.port instead"),
-        (["rollout.sglang.ready_timeout_s=700"], "more than rollout.request_timeout_s=600"),
     ],
 )
 def test_settings_that_cannot_work_with_sglang_are_refused(overrides: list[str], message: str, tmp_path: Path) -> None:

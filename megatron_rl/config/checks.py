@@ -65,10 +65,15 @@ def check(c: Config) -> None:
         _check_evaluation(c.evaluation, c.data.held_out)
     if r.engine == "sglang":
         _check_sglang(r)
-        if r.sglang.memory_saver and not r.sglang.urls and not t.optimizer.reset:
+        if r.sglang.takes_turns and not r.sglang.urls and not t.optimizer.reset:
             raise ConfigError(
                 "training.optimizer.reset=false: Adam's moments would stay on the GPU while the SGLang server has it; set it to "
-                "true, or rollout.sglang.memory_saver=false where both fit"
+                "true, or rollout.sglang.memory_saver=false where both fit, or rollout.sglang.colocated=false"
+            )
+        if 4 * c.weights.bucket_bytes > r.sglang.bucket_bytes:
+            raise ConfigError(
+                f"rollout.sglang.bucket_bytes={r.sglang.bucket_bytes}: less than 4 times "
+                f"weights.bucket_bytes={c.weights.bucket_bytes}, which is gathered beside it; raise it or lower the other"
             )
 
 
@@ -174,16 +179,12 @@ def _check_sglang(r: RolloutConfig) -> None:
     for name, key in _OWN_ARGUMENTS.items():
         if name in s.server_arguments:
             raise ConfigError(f"rollout.sglang.server_arguments.{name}: set {key} instead")
-    if s.ready_timeout_s > r.request_timeout_s:
-        raise ConfigError(
-            f"rollout.sglang.ready_timeout_s={s.ready_timeout_s:g}: more than rollout.request_timeout_s={r.request_timeout_s:g}, "
-            "so that a restart in a rollout phase would be taken for silence; lower it or raise the other"
-        )
     for url in s.urls:
-        if not url.startswith(("http://127.0.0.1:", "http://localhost:")):
+        if s.colocated and not url.startswith(("http://127.0.0.1:", "http://localhost:")):
             raise ConfigError(
-                f"rollout.sglang.urls: {url}: weights reach a server through the memory of a shared GPU, so it must be on this "
-                "machine, as http://127.0.0.1:<port>"
+                f"rollout.sglang.urls: {url}: with rollout.sglang.colocated=true weights reach a server through the memory of a "
+                "shared GPU, so it must be on this machine, as http://127.0.0.1:<port>; set colocated=false where it has GPUs of "
+                "its own"
             )
     if len(set(s.urls)) < len(s.urls):
         raise ConfigError(f"rollout.sglang.urls={list(s.urls)}: a server occurs twice; name each once")

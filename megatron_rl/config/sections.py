@@ -100,12 +100,20 @@ class KVStoreConfig(Section):
 
 
 class SGLangConfig(Section):
-    urls: tuple[str, ...] = setting((), "servers on this machine that run already; empty starts our own", ours=True)
+    urls: tuple[str, ...] = setting(
+        (), "servers that run already, on this machine where colocated; empty starts our own", ours=True
+    )
     engines: Positive = setting(1, "servers started on this machine, side by side on its GPUs", ours=True)
     tensor_parallel: Positive = setting(1, "GPUs of one started server", ours=True)
     port: int | None = setting(None, "port of the first started server, the others follow; default free ones", ge=1, le=65535)
     mem_fraction: float = setting(0.5, "share of the GPU's memory for weights and KV cache", gt=0, lt=1, ours=True)
-    memory_saver: bool = setting(True, "lend the server's GPU memory to the training phase (paper 2.6.3)")
+    colocated: bool = setting(
+        True,
+        "servers and trainer share GPUs (paper 2.6.3), weights go by CUDA IPC; false: servers we start have the GPUs after the "
+        "trainer's, those of `urls` any, weights go by NCCL broadcast, and no memory changes hands. Servers of `urls` then need "
+        "the trainer's NCCL_CUMEM_ENABLE and NCCL_NVLS_ENABLE, and every server room for two buckets",
+    )
+    memory_saver: bool = setting(True, "colocated: lend the server's GPU memory to the training phase (paper 2.6.3)")
     attention_backend: str | None = setting(None, "SGLang's attention backend; default is SGLang's choice")
     sampling_backend: str | None = setting("pytorch", "SGLang's sampling backend; `pytorch` serves seeds too", ours=True)
     deterministic: bool = setting(False, "noise a function of seed, trajectory and position; slower", ours=True)
@@ -120,6 +128,17 @@ class SGLangConfig(Section):
         32, "tokens between two pieces of an answer; less sees repetition sooner, more costs less [tokens]", ours=True
     )
     verify_weights: bool = setting(True, "checksum the first publish against what the server had read itself", ours=True)
+    bucket_bytes: int = setting(
+        1 << 30,
+        "half of the GPU memory that weights on their way to a server may take; calls of most of it [bytes]",
+        ge=1 << 12,
+        ours=True,
+    )
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether servers lend their memory to the training phase."""
+        return self.colocated and self.memory_saver
 
 
 class TemperatureDecayConfig(Section):

@@ -38,6 +38,8 @@ from megatron_rl.types import DropReason, Ending, Group, Outcome, OutcomeKind, P
 
 log = logging.getLogger(__name__)
 
+_SLACK = 1.1  # of rollout.request_timeout_s: an engine judges the silence of its server first, and may start it again
+
 
 class PromptSource(Protocol):
     def draw(self, n: int) -> list[Prompt]: ...
@@ -343,7 +345,9 @@ class _Phase:
 
     def _check_deadlines(self, now: float) -> None:
         for engine in set(self._generating.values()):
-            if now - self._heard[engine.name] > self.settings.request_timeout_s:
+            if engine.is_restarting:
+                self._heard[engine.name] = now
+            if now - self._heard[engine.name] > _SLACK * self.settings.request_timeout_s:
                 ids = [c.id for c in self._running.values() if c.engine is engine]
                 raise EngineError(
                     f"engine {engine.name}: silent for rollout.request_timeout_s={self.settings.request_timeout_s:g} while "

@@ -14,6 +14,8 @@ from tests.resume.recipe import write_recipe
 
 FAKE = Path(__file__).parents[1] / "rollout" / "engines" / "fake_sglang.py"
 LAYOUT = ["training.tensor_parallel=2", "rollout.sglang.tensor_parallel=2"]  # one server of two ranks
+BUCKETS = ["weights.bucket_bytes=4096", "rollout.sglang.bucket_bytes=16384"]
+FAULT = "rollout.sglang.server_arguments={fake_fault: delivery}"
 
 
 def train_served(folder: str) -> int:
@@ -26,6 +28,6 @@ def run_rank(meeting: Meeting, folder: Path) -> None:
 
     program = (sys.executable, str(FAKE))
     run.SGLangServing = partial(SGLangServing, program=program, serialize=lambda: serialize)  # type: ignore[misc,assignment]
-    settings = [f"run.folder={folder / 'run'}", "rollout.engine=sglang", "weights.bucket_bytes=4096", *LAYOUT]
+    settings = [f"run.folder={folder / 'run'}", "rollout.engine=sglang", *LAYOUT, *BUCKETS, FAULT]
     meeting.prepare()
     assert loop.train(configuration.load(folder / "config.yaml", settings)) == 0

@@ -27,6 +27,7 @@ from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_compat import cuda_ipc_serializer
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, sglang_program
+from megatron_rl.rollout.engines.sglang_transport import IPC
 from tests.resume.recipe import write_recipe
 
 pytestmark = pytest.mark.skipif(
@@ -81,7 +82,7 @@ def opened(server):
     async def open_sglang(folder, **options):
         model = ModelConfig.from_folder(folder)
         engine = await SGLangEngine.connect(
-            process.url, model, config.rollout.sglang, name="sglang-0", silence_s=60, serialize=cuda_ipc_serializer
+            process.url, model, config.rollout.sglang, name="sglang-0", silence_s=60, transport=IPC(cuda_ipc_serializer)
         )
         await engine.adopt(0)
         yield engine, engine

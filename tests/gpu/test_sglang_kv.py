@@ -25,6 +25,7 @@ from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_compat import cuda_ipc_serializer
 from megatron_rl.rollout.engines.sglang_kv import KeepOnServer
+from megatron_rl.rollout.engines.sglang_transport import IPC
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("sglang") is None, reason="needs a CUDA device and sglang"
@@ -60,7 +61,7 @@ def opened(server):
             config.rollout.sglang,
             name="sglang-0",
             silence_s=60,
-            serialize=cuda_ipc_serializer,
+            transport=IPC(cuda_ipc_serializer),
             keep=KeepOnServer(process.plugin_folder, max_age),
         )
         await engine.load_weights(weights(folder), 0)  # whatever an earlier test left

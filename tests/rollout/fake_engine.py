@@ -37,6 +37,7 @@ class FakeEngine:
         self.requests: list[Request] = []  # everything ever asked for
         self.dies_after: int | None = None  # chunks
         self.hangs_after: int | None = None  # chunks
+        self.is_restarting = False
         self._length, self._token, self._chunk = length, token, chunk
         self._random = random.Random(seed)
         self._aborted: set[int] = set()

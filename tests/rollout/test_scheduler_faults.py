@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from phases import Scorer, content, endings, rollout, run
 
 from megatron_rl.errors import EngineError, RewardError
 from megatron_rl.rollout.buffer import ReplayBuffer
+from megatron_rl.rollout.engines.base import Chunk, Request
 from megatron_rl.types import Ending, Outcome, Prompt
 
 
@@ -168,6 +170,19 @@ def test_a_silent_engine_and_a_late_phase_are_named(buffer: ReplayBuffer):
     settings = config(phase_timeout_s=0.5, commit_s=0.1, token_budget=40)
     with pytest.raises(RewardError, match=r"phase_timeout_s=0\.5 while trajectories 0, 1.* are scored"):
         run(rollout(buffer, FakeEngine(lambda t: 20), settings, Hanging()), 0)
+    buffer.check()
+
+
+def test_silence_of_an_engine_that_is_started_again_is_no_missed_deadline(buffer: ReplayBuffer):
+    class Restarting(FakeEngine):
+        async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
+            self.is_restarting = True
+            await asyncio.sleep(0.4)
+            self.is_restarting = False
+            async for chunk in super().generate(requests):
+                yield chunk
+
+    assert len(run(rollout(buffer, Restarting(lambda t: 5), config(request_timeout_s=0.1)), 0)) == 2
     buffer.check()
 
 

@@ -101,6 +101,11 @@ class Engine(Protocol):
     capabilities: Capabilities
     weight_version: int  # of the weights loaded now
 
+    @property
+    def is_restarting(self) -> bool:
+        """Its requests wait for what will answer them to be started again, which has deadlines of its own."""
+        ...
+
     def generate(self, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
         """Yield the chunks of all `requests` as they are made; may be called while other calls run.
 

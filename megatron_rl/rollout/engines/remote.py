@@ -155,6 +155,7 @@ class RemoteEngine:
 
     capabilities: Capabilities
     weight_version: int
+    is_restarting = False
 
     def __init__(self, address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence_s: float) -> None:
         self.name = f"at {address}"

@@ -7,8 +7,8 @@ It refuses to load weights while requests run. Stale KV cannot serve a request: 
 `extra_key` holds the weight version. KV outlives a publish (`capabilities.kv_snapshot`) only in a server that we started with
 our plugin: `sglang_kv.py`.
 Sampling noise is the server's; see `sglang_call.seed_of`. A model's own end-of-text token ends a request whether or not
-it is among the request's stop tokens. One request: `sglang_call.py`. The server's process: `sglang_server.py`; what happens
-when it dies: `sglang_supervisor.py`.
+it is among the request's stop tokens. One request: `sglang_call.py`. How weights travel: `sglang_transport.py`. The server's
+process: `sglang_server.py`; what happens when it dies: `sglang_supervisor.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ from megatron_rl.rollout.engines.sglang_check import WeightCheck
 from megatron_rl.rollout.engines.sglang_compat import check_version
 from megatron_rl.rollout.engines.sglang_http import SGLangClient
 from megatron_rl.rollout.engines.sglang_kv import KeepOnServer, ServerKV, fresh
+from megatron_rl.rollout.engines.sglang_transport import Receiver, Transport
 from megatron_rl.types import Ending
-from megatron_rl.weights.handles import Handles, Serialize
 from megatron_rl.weights.transport import send
 
 _ABORT_AGAIN_S = 0.5  # an abort that overtakes its request is lost: it is repeated until the request ends
@@ -45,18 +46,18 @@ _TAGS = ("kv_cache", "weights")
 class SGLangEngine:
     """See `base.Engine`. Made by `connect`. Holds no version of ours until `load_weights` or `adopt`."""
 
-    def __init__(
-        self, client: SGLangClient, model: ModelConfig, config: SGLangConfig, serialize: Callable[[], Serialize]
-    ) -> None:
+    is_restarting = False
+
+    def __init__(self, client: SGLangClient, model: ModelConfig, config: SGLangConfig, transport: Transport) -> None:
         self.name = client.name
-        self.capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=True, streaming=True)
+        self.capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=config.takes_turns, streaming=True)
         self.weight_version = -1  # none
         self._client, self._config = client, config
-        self._handles = Handles(serialize)
-        self._check: WeightCheck | None = None
+        self.transport = transport
+        self.receiver = Receiver(client, tuple(range(config.tensor_parallel)))
         self._is_checked = not config.verify_weights
+        self._check: WeightCheck | None = None
         self._context_tokens = model.max_positions
-        self.gpus = list(range(config.tensor_parallel))  # of its ranks, numbered on this machine
         self._id, self._numbers = secrets.token_hex(4), itertools.count()  # of its requests
         self._slots = asyncio.Semaphore(config.max_concurrent)
         self._calls: dict[str, Call] = {}  # request id -> those not ended
@@ -73,18 +74,19 @@ class SGLangEngine:
         *,
         name: str,
         silence_s: float,
-        serialize: Callable[[], Serialize],
+        transport: Transport,
         keep: KeepOnServer | None = None,
     ) -> SGLangEngine:
-        """An engine over a server that is up. serialize: makes what turns a bucket into the server's payload. keep: its plugin.
+        """An engine over a server that is up. transport: how weights get there, shared by engines that are loaded together. keep:
+        its plugin.
 
         Raises EngineError for another SGLang version, another model, nobody there, or a plugin that cannot work."""
         client = SGLangClient(url, name=name, silence_s=silence_s)
-        engine = cls(client, model, config, serialize)
+        engine = cls(client, model, config, transport)
         try:
             await engine._introduce(model)
             if keep is not None:
-                engine._kv = ServerKV(keep, name, len(engine.gpus), silence_s)
+                engine._kv = ServerKV(keep, name, len(engine.receiver.gpus), silence_s)
                 await engine._kv.introduce()
                 engine.capabilities = replace(engine.capabilities, kv_snapshot=True)
         except EngineError:
@@ -133,7 +135,9 @@ class SGLangEngine:
 
     async def load_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
         """As a trainer of one rank does it; `load_weights` is for several."""
-        await load_weights([self], buckets, version, self._handles)
+        failed = await load_weights([self], buckets, version, self.transport, bucket_bytes=self._config.bucket_bytes)
+        for error in failed.values():
+            raise error
 
     async def adopt(self, version: int) -> None:
         """Call what the server holds `version`, without loading anything."""
@@ -247,11 +251,6 @@ class SGLangEngine:
             await self._check.begin()
         await self._flush()
 
-    def deliver(self, payloads: Sequence[str]) -> None:
-        """A bucket, as each rank of the server gets it; returns when all have copied it. From a worker thread."""
-        body = {"serialized_named_tensors": list(payloads), "load_format": "flattened_bucket", "flush_cache": False}
-        self._client.post_blocking("/update_weights_from_tensor", body)
-
     async def finish_load(self, version: int) -> None:
         if self._check is not None:
             await self._check.finish(is_model_folder=version == 0)
@@ -285,25 +284,41 @@ class SGLangEngine:
             )
         self._context_tokens = min(model.max_positions, server.get("context_length") or model.max_positions)
         first, step = server.get("base_gpu_id") or 0, server.get("gpu_id_step") or 1
-        self.gpus = [first + step * rank for rank in range(server.get("tp_size") or len(self.gpus))]
+        num_ranks = server.get("tp_size") or self._config.tensor_parallel
+        self.receiver = Receiver(self._client, tuple(first + step * rank for rank in range(num_ranks)))
 
 
 async def load_weights(
-    engines: Sequence[SGLangEngine], buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int, handles: Handles
-) -> None:
-    """One pass over the buckets for all engines: each bucket goes to all of them, side by side, while the next is gathered.
-    Collective with the trainer's other ranks, which hold the same buckets and have no engines."""
-    await asyncio.gather(*(engine.begin_load() for engine in engines))
-    handles.begin([gpu for engine in engines for gpu in engine.gpus])
-    loop = asyncio.get_running_loop()
+    engines: Sequence[SGLangEngine],
+    buckets: Iterable[Sequence[tuple[str, torch.Tensor]]],
+    version: int,
+    transport: Transport,
+    *,
+    bucket_bytes: int,
+) -> dict[str, EngineError]:
+    """One pass over the buckets for all engines, which share the transport: each goes to all of them, side by side, while the
+    next is gathered. Collective with the trainer's other ranks, which hold the same buckets and have no engines.
 
-    def deliver(payloads: list[str]) -> list[asyncio.Future[None]]:
-        rest = iter(payloads)
-        own = [list(itertools.islice(rest, len(engine.gpus))) for engine in engines]
-        return [loop.run_in_executor(None, engine.deliver, part) for engine, part in zip(engines, own, strict=True)]
+    Returns the errors of those that failed, by name. They take no further part, and the buckets are taken to their end whatever
+    happens. The others are at `version`, or without any where the transport broke: they are to be published to again."""
+    failed: dict[str, EngineError] = {}
 
-    await send(buckets, handles, deliver)
-    await asyncio.gather(*(engine.finish_load(version) for engine in engines))
+    async def do(engine: SGLangEngine, step: Coroutine[Any, Any, None]) -> None:
+        try:
+            await step
+        except EngineError as e:
+            failed[engine.name] = e
+
+    await asyncio.gather(*(do(engine, engine.begin_load()) for engine in engines))
+    async with transport.in_use:
+        begun = [engine for engine in engines if engine.name not in failed]
+        await transport.open([engine.receiver for engine in begun])
+        await send(buckets, transport, bucket_bytes=bucket_bytes)
+        failed |= {engine.name: transport.failed[engine.receiver] for engine in begun if engine.receiver in transport.failed}
+        is_broken = transport.is_broken
+    if not is_broken:
+        await asyncio.gather(*(do(e, e.finish_load(version)) for e in engines if e.name not in failed))
+    return failed
 
 
 def _report(queue: asyncio.Queue[Chunk | BaseException], task: asyncio.Task[None]) -> None:

@@ -1,16 +1,18 @@
 """What differs between SGLang versions, and the one place that imports SGLang itself.
 
 Tried: 0.5.15. Known of 0.5.23 and handled here: `meta_info.weight_versions` beside `weight_version` (`weight_version_of`).
-SGLang is imported only by `cuda_ipc_serializer`, when weights are first published to a server on the same GPU, and inside the
-server's own processes (`radix_types`, `sglang_plugin/`); the engine itself speaks HTTP (`sglang.py`).
+SGLang is imported only by `cuda_ipc_serializer` and `NCCLGroup`, when weights are first published to a server, on the same GPU or
+another, and inside the server's own processes (`radix_types`, `sglang_plugin/`); the engine itself speaks HTTP (`sglang.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from packaging.version import InvalidVersion, Version
 
 from megatron_rl.errors import EngineError
@@ -68,10 +70,7 @@ def cuda_ipc_serializer() -> Callable[[FlatBucket], str]:
         from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
         from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
     except ImportError as e:
-        raise EngineError(
-            f"rollout.engine=sglang: the trainer cannot import SGLang, whose serializer carries the weights ({e}); "
-            f"install sglang=={TRIED} in this environment"
-        ) from e
+        raise _not_importable("serializer carries the weights", e) from e
     monkey_patch_torch_reductions()  # handles name the GPU by its UUID: numbers differ between processes
 
     def serialize(bucket: FlatBucket) -> str:
@@ -90,3 +89,44 @@ def cuda_ipc_serializer() -> Callable[[FlatBucket], str]:
         return MultiprocessingSerializer.serialize(payload, output_str=True)
 
     return serialize
+
+
+class NCCLGroup:
+    """See `sglang_transport.Group`: rank 0's end, formed as SGLang forms the others, whose key in the store has to be the same.
+
+    Raises EngineError where SGLang is not installed beside the trainer."""
+
+    def __init__(self, store: dist.Store, world_size: int, name: str, timeout_s: float) -> None:
+        try:
+            from sglang.srt.utils import init_custom_process_group
+        except ImportError as e:
+            raise _not_importable("way of forming a group carries the weights", e) from e
+        self._group = init_custom_process_group(
+            backend="nccl",
+            store=dist.PrefixStore(name, store),
+            world_size=world_size,
+            rank=0,
+            group_name=name,
+            timeout=timedelta(seconds=2 * timeout_s),  # NCCL's own watchdog ends the process: whoever waits here comes first
+        )
+        self._stream: torch.cuda.Stream | None = None
+
+    def broadcast(self, data: torch.Tensor) -> None:
+        with torch.cuda.device(data.device):
+            self._stream = self._stream or torch.cuda.Stream()  # not behind what gathers the next bucket
+            with torch.cuda.stream(self._stream):
+                dist.broadcast(data, group=self._group, group_src=0)
+            self._stream.synchronize()
+
+    def close(self, *, abort: bool) -> None:
+        if abort:
+            dist.distributed_c10d._abort_process_group(self._group)
+        else:
+            dist.destroy_process_group(self._group)
+
+
+def _not_importable(what: str, error: ImportError) -> EngineError:
+    return EngineError(
+        f"rollout.engine=sglang: the trainer cannot import SGLang, whose {what} ({error}); "
+        f"install sglang=={TRIED} in this environment"
+    )

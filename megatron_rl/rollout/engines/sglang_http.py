@@ -41,6 +41,7 @@ class SGLangClient:
         return await self._call("POST", path, body, timeout_s)
 
     def post_blocking(self, path: str, body: Any) -> Any:
+        self._check_open(path)
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.netloc, timeout=self.silence_s)

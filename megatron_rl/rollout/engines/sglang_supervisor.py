@@ -6,9 +6,13 @@
              start again (one caller does it, the others wait) -> weights of this version -> the same requests, each with
              the tokens it has so far and the rest of its allowance
 
-No chunk is yielded twice and no token is lost. It gives up, with the log's last lines, after `rollout.sglang.max_restarts`, or
-where the weights cannot be had: only a trainer of one rank can export them in the middle of a rollout phase; otherwise the run
-ends and the same command continues it. The server itself: `sglang_server.py`.
+    release_memory, resume_memory, a publish -> the server is gone -> `lose`: its processes and their memory are no more
+             -> `revive`, while the trainer is off the GPU: started again, without weights -> published to
+
+No chunk is yielded twice and no token is lost. It gives up, with the log's last lines, after `rollout.sglang.max_restarts`; at
+once where the server refuses (another version, arguments it does not know); and where the weights cannot be had: only a trainer
+of one rank can export them in the middle of a rollout phase. Then the run ends and the same command continues it. Who calls what
+when: `serving_sglang.py`. The server itself: `sglang_server.py`.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ class SupervisedEngine:
         self.num_restarts = 0
         self._server, self._connect, self._export, self._max_restarts = server, connect, export, max_restarts
         self._engine: SGLangEngine | None = None
+        self._lost: EngineError | None = None  # why the engine of now has no server
         self.capabilities: Capabilities  # the engine's, known from `start` on
         self.weight_version = -1
         self._past_usage = KVUsage()  # of engines whose server died
@@ -61,6 +66,15 @@ class SupervisedEngine:
     def engine(self) -> SGLangEngine:
         assert self._engine is not None, "started before"
         return self._engine
+
+    @property
+    def is_lost(self) -> bool:
+        """Its server is gone, and was not started again yet: its next request does it, or `revive`."""
+        return self._lost is not None
+
+    @property
+    def is_restarting(self) -> bool:
+        return self._mending.locked()
 
     async def start(self) -> None:
         """Raises EngineError when the server cannot be had."""
@@ -82,7 +96,8 @@ class SupervisedEngine:
                             self._open.discard(chunk.trajectory_id)
                         yield chunk
             except EngineError as e:
-                if not isinstance(e, EngineGoneError) and await self._server.outlives_its_error():
+                is_gone = await self._is_gone(e)
+                if not is_gone and engine is self._engine and not self.is_restarting:  # nobody has found it dead meanwhile
                     raise
                 await self._mend(engine, e)
                 ended = {i: ending for i, p in left.items() if (ending := self._ending_in_absence(p))}
@@ -106,10 +121,23 @@ class SupervisedEngine:
         self.weight_version = version
 
     async def release_memory(self, tags: Sequence[str]) -> None:
-        await self.engine.release_memory(tags)
+        """A server that is gone holds no memory: no error."""
+        await self._or_lose(self.engine.release_memory, tags)
 
     async def resume_memory(self, tags: Sequence[str]) -> None:
-        await self.engine.resume_memory(tags)
+        """A server that is gone is left so: no error. See `is_lost`."""
+        await self._or_lose(self.engine.resume_memory, tags)
+
+    async def lose(self, error: EngineError) -> None:
+        """What a failed call means: the error again where the server refuses; where it is gone, an end to what is left of it, so
+        that the trainer finds its memory free."""
+        if not await self._is_gone(error):
+            raise error
+        if self._lost is None:
+            log.warning("engine %s is lost, to be started again: %s", self.name, error)
+            self._lost = error
+            await self.engine.close()  # its port may be another server's soon
+            await self._server.stop()
 
     async def snapshot_kv(self, trajectory_ids: Sequence[int]) -> list[KVSnapshot]:
         """A dead server keeps nothing: its trajectories are computed again. Whoever asks it for more mends it."""
@@ -138,12 +166,9 @@ class SupervisedEngine:
             await self._mend(engine, e)
 
     async def revive(self) -> None:
-        """Before a publish: a server that died while the trainer had the GPU is started again, without weights."""
-        engine = self.engine
-        try:
-            await engine.health()
-        except EngineGoneError as e:
-            await self._mend(engine, e, reload=False)
+        """A lost server is started again, without weights: a publish follows."""
+        if self._lost is not None:
+            await self._mend(self.engine, self._lost, reload=False)
 
     async def close(self) -> None:
         if self._engine is not None:
@@ -152,18 +177,29 @@ class SupervisedEngine:
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    async def _or_lose(self, call: Callable[[Sequence[str]], Awaitable[None]], tags: Sequence[str]) -> None:
+        if self._lost is None:
+            try:
+                await call(tags)
+            except EngineError as e:
+                await self.lose(e)
+
+    async def _is_gone(self, error: EngineError) -> bool:
+        """Or it has refused, and lives: a dying server may answer anything."""
+        return isinstance(error, EngineGoneError) or not await self._server.outlives_its_error()
+
     async def _mend(self, broken: SGLangEngine, reason: EngineError, *, reload: bool = True) -> None:
         """A server at work under the current version, unless another caller has seen to it already. reload False: without
         weights, which a publish brings next."""
         async with self._mending:
             while self._engine is broken:
                 try:
-                    await self._start_again(broken, reason, reload=reload)
-                except _NotStartedError as e:  # it counts as a death
-                    reason = e
+                    await self._start_again(broken, self._lost or reason, reload=reload)
+                except EngineGoneError as e:  # it counts as a death
+                    self._lost = e
 
     async def _start_again(self, broken: SGLangEngine, reason: EngineError, *, reload: bool) -> None:
-        """Raises _NotStartedError where another try may help."""
+        """Raises EngineGoneError where another try may help."""
         end = f"{reason}\nthe server {await self._server.epitaph()}"
         if self.num_restarts >= self._max_restarts:
             raise EngineError(
@@ -186,26 +222,27 @@ class SupervisedEngine:
         except EngineError as e:
             if fresh is not None:
                 await fresh.close()
-            raise _NotStartedError(str(e)) from e
+            if await self._is_gone(e):
+                raise EngineGoneError(str(e)) from e
+            raise
         self._past_usage = await self.kv_usage()
-        self._engine = fresh
+        self._engine, self._lost = fresh, None
 
     async def _reload(self, fresh: SGLangEngine) -> None:
         if self._export is None:
             await fresh.adopt(self.weight_version)  # version 0 is the model folder, which the server has read
-        else:
-            with self._export() as buckets:
-                await fresh.load_weights(buckets, self.weight_version)
+            return
+        shared = ("kv_cache",) if fresh.capabilities.memory_release else ()
+        await fresh.release_memory(shared)  # the trainer's weights come to the GPU
+        with self._export() as buckets:
+            await fresh.load_weights(buckets, self.weight_version)
+        await fresh.resume_memory(shared)
 
     def _ending_in_absence(self, progress: _Progress) -> Ending | None:
         """A request that was aborted, or had its last token but not its ending, when the server died."""
         if progress.has_stopped:
             return Ending.STOP
         return Ending.ABORT if progress.request.trajectory_id in self._aborted else None
-
-
-class _NotStartedError(EngineError):
-    """A server started again that ended, or refused, before it was at work."""
 
 
 class _Progress:

@@ -4,9 +4,10 @@ What is like the original, because it bites: aborts match the beginning of a req
 a prefix cache by `extra_key` that only a flush empties (`fake_radix.py`, open to a plugin); flushes refused while requests run;
 log-probs of all tokens so far in every event (`log_probs="all"`, its way without a tokenizer) or of the new ones; a request
 aborted before its first token answers in another form; releasing while busy and resuming what is not released kill the server;
-a prompt has to stay 6 tokens below the context, prompt and response together 2.
-As a program it loads plugins, takes SGLang's arguments and, after `--fake-fault`, a fault: `oom`, `hang`, or a number of events
-to die after.
+a prompt has to stay 6 tokens below the context, prompt and response together 2; an update through a group it is not in kills it.
+Groups are gloo's, whatever backend is asked for, and what is broadcast to it is received.
+As a program it loads plugins, takes SGLang's arguments and, after `--fake-fault`, a fault: `oom`, `hang`, `delivery` to die
+in its second update of weights, or a number of events to die after.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_rl.config import EmbeddedConfig
 from megatron_rl.model_config import ModelConfig
@@ -45,6 +48,20 @@ def serialize(bucket: FlatBucket) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+class GlooGroup:
+    """One end of a group; rank 0's is what `sglang_transport.Broadcast` joins in place of NCCL's."""
+
+    def __init__(self, store: dist.Store, world_size: int, name: str, timeout_s: float, rank: int = 0) -> None:
+        self._group = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, world_size, timedelta(seconds=timeout_s))
+
+    def broadcast(self, data: torch.Tensor) -> None:
+        """From rank 0, into everyone's `data`."""
+        self._group.broadcast([data], dist.BroadcastOptions()).wait()
+
+    def close(self, *, abort: bool) -> None:
+        del self._group  # its connections break, and the others' waiting ends
+
+
 class FakeSGLang:
     def __init__(self, folder: Path, *, version: str = "0.5.15", log_probs: str = "all", **options: Any) -> None:
         """options: fields of EmbeddedConfig."""
@@ -58,7 +75,11 @@ class FakeSGLang:
         self.kv_weights: list[list[int]] = []  # of each, numbers of the weights that its cached tokens were computed with
         self.ignored_tensors: set[str] = set()  # a fault: updates of these are lost
         self.dies_after: int | None = None  # events
+        self.dies_in_update: int | None = None  # its number; before anything of it is taken
+        self._num_updates = 0
         self.loses_aborts = 0  # a fault: so many aborts are lost
+        self.misses_broadcasts = False  # a fault: it takes no part, and does not answer
+        self.groups: dict[str, GlooGroup] = {}
         self.on_death = lambda: self.http.die()
         self.http = FakeHTTPServer(self._answer)
         config = EmbeddedConfig(**{"page_size": 4, "kv_bytes": 4 << 20, "batch_sizes": (1, 2, 4, 8, 64), **options})
@@ -186,7 +207,13 @@ class FakeSGLang:
         payload, *others = payloads = [torch.load(file, weights_only=True) for file in given]
         assert body["load_format"] is None or [p["gpu"] for p in payloads] == self.gpus, "a rank was given another GPU's memory"
         assert all(torch.equal(payload["flattened_tensor"], other["flattened_tensor"]) for other in others)
-        for name, tensor in payload["named_tensors"] if body["load_format"] is None else _views(payload):
+        return self._take(payload["named_tensors"] if body["load_format"] is None else _views(payload), body["flush_cache"])
+
+    def _take(self, tensors: Iterable[tuple[str, torch.Tensor]], flush_cache: bool) -> tuple[int, Any]:
+        self._num_updates += 1
+        if self._num_updates == self.dies_in_update:
+            raise self.die("killed")
+        for name, tensor in tensors:
             held = self.weights.get(name)
             if held is None or held.shape != tensor.shape:
                 found = None if held is None else list(held.shape)
@@ -194,9 +221,39 @@ class FakeSGLang:
             if name not in self.ignored_tensors:
                 self.weights[name] = tensor.clone()
         self._is_loaded = False
-        if body["flush_cache"] and not self._flush():
+        if flush_cache and not self._flush():
             raise self.die("Cache flush failed after updating weights")
         return 200, {"success": True, "message": "Success"}
+
+    async def _on_init_weights_update_group(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        def join() -> GlooGroup:
+            limit = timedelta(seconds=10)
+            store = dist.TCPStore(body["master_address"], body["master_port"], body["world_size"], timeout=limit)
+            return GlooGroup(store, body["world_size"], body["group_name"], 10, rank=body["rank_offset"])
+
+        self.groups[body["group_name"]] = await asyncio.to_thread(join)
+        return 200, {"success": True, "message": "Succeeded to initialize custom process group."}
+
+    async def _on_destroy_weights_update_group(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if body["group_name"] not in self.groups:
+            return 400, {"success": False, "message": "The group to be destroyed does not exist."}
+        del self.groups[body["group_name"]]
+        return 200, {"success": True, "message": "Succeeded to destroy custom process group."}
+
+    async def _on_update_weights_from_distributed(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if self.misses_broadcasts:
+            await asyncio.Event().wait()
+        group = self.groups.get(body["group_name"])
+        if group is None:
+            raise self.die(f"Group {body['group_name']} not in {list(self.groups)}.")
+        assert body["load_format"] in (None, "flattened_bucket")
+        dtypes = [getattr(torch, dtype) for dtype in body["dtypes"]]
+        sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(body["shapes"], dtypes, strict=True)]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        for part in flat.split(sizes) if body["load_format"] is None else [flat]:
+            await asyncio.to_thread(group.broadcast, part)
+        parts = zip(body["names"], flat.split(sizes), dtypes, body["shapes"], strict=True)
+        return self._take(((name, part.view(dtype).view(shape)) for name, part, dtype, shape in parts), body["flush_cache"])
 
     async def _on_weights_checker(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
         if body["action"] == "reset_tensors":
@@ -271,10 +328,11 @@ async def main(arguments: list[str]) -> None:
         sys.exit("torch.distributed.DistNetworkError: the server's ranks wait for the store of another launch")
     server = FakeSGLang(Path(values["--model-path"]))
     server.gpus = [int(values["--base-gpu-id"]) + rank for rank in range(int(values["--tp-size"]))]
-    if fault.isdigit():
-        marker = server.folder / "died"  # it dies once
-        server.dies_after = None if marker.exists() else int(fault)
+    marker = server.folder / "died"  # it dies once
+    if (fault.isdigit() or fault == "delivery") and not marker.exists():
         marker.touch()
+        server.dies_after = int(fault) if fault.isdigit() else None
+        server.dies_in_update = 2 if fault == "delivery" else None
     server.on_death = lambda: os._exit(3)
     if hooks := {target.rsplit(".", 1)[1]: hook for target, hook in load_plugins().items()}:
         server.plug(hooks["run_event_loop"], hooks["process_input_requests"])

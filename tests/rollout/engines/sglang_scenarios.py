@@ -18,6 +18,7 @@ from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_kv import KeepOnServer
 from megatron_rl.rollout.engines.sglang_plugin.install import PluginSettings, install
 from megatron_rl.rollout.engines.sglang_plugin.plugin import KVPlugin
+from megatron_rl.rollout.engines.sglang_transport import IPC
 
 
 @dataclass
@@ -28,12 +29,11 @@ class Served:
 
 
 async def connect(url: str, folder: Path, **options: Any) -> SGLangEngine:
-    """options: fields of SGLangConfig, `silence_s`, and `keep`."""
-    silence_s, keep = options.pop("silence_s", 30.0), options.pop("keep", None)
-    config = SGLangConfig(**{"stream_interval": 4, **options})
-    return await SGLangEngine.connect(
-        url, ModelConfig.from_folder(folder), config, name="sglang-0", silence_s=silence_s, serialize=lambda: serialize, keep=keep
-    )
+    """options: fields of SGLangConfig, and arguments of SGLangEngine.connect."""
+    ours = {"name": "sglang-0", "silence_s": 30.0, "transport": IPC(lambda: serialize), "keep": None}
+    ours |= {key: options.pop(key) for key in list(options) if key in ours}
+    config = SGLangConfig(**{"stream_interval": 4, "bucket_bytes": 1 << 20, **options})
+    return await SGLangEngine.connect(url, ModelConfig.from_folder(folder), config, **ours)
 
 
 @contextmanager
@@ -52,7 +52,8 @@ async def fake_server(
     """A fake server at weight version 0. before: sets its faults; options: of EmbeddedConfig, SGLangConfig and FakeSGLang, and
     with `max_age` or `host_bytes` those of `plugin`."""
     kept = {key: options.pop(key) for key in list(options) if key in ("max_age", "host_bytes")}
-    ours = {key: options.pop(key) for key in list(options) if key in SGLangConfig.model_fields or key == "silence_s"}
+    connected = ("name", "silence_s", "transport")
+    ours = {key: options.pop(key) for key in list(options) if key in SGLangConfig.model_fields or key in connected}
     fake = FakeSGLang(folder, **options)
     before(fake)
     url = await fake.http.listen()

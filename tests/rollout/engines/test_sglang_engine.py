@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import EngineError, EngineGoneError
 from megatron_rl.rollout.engines.embedded.weights import read_folder
+from megatron_rl.rollout.engines.sglang import load_weights
 from megatron_rl.rollout.engines.sglang_call import Call
 from megatron_rl.types import Ending
-from megatron_rl.weights.transport import Flattener
 
 
 @pytest.fixture
@@ -178,25 +178,6 @@ def scaled(folder, factor):
     return [tensors[:2], tensors[2:5], tensors[5:]]
 
 
-def test_flat_buckets_are_views_of_two_buffers_that_take_turns():
-    tensors = [("a", torch.arange(5.0)), ("b", torch.arange(3, dtype=torch.bfloat16)), ("c", torch.full((2, 2), 7.0))]
-    flattener = Flattener()
-    first, second, third = (flattener.flatten(t) for t in (tensors, tensors[:2], tensors[1:]))
-    assert first.data.data_ptr() == third.data.data_ptr() != second.data.data_ptr()
-    assert [p.start % 16 for p in first.pieces] == [0, 0, 0]
-    for (name, found), (wanted, tensor) in zip(third.tensors(), tensors[1:], strict=True):
-        assert name == wanted and found.dtype == tensor.dtype and torch.equal(found, tensor)
-
-
-def test_a_tensor_that_is_a_bucket_alone_is_not_copied():
-    whole = torch.arange(24, dtype=torch.bfloat16).view(6, 4)
-    flattener = Flattener()
-    (name, sent), *none = flattener.flatten([("rows", whole[2:])]).tensors()
-    assert (name, none) == ("rows", []) and torch.equal(sent, whole[2:]) and sent.data_ptr() == whole[2:].data_ptr()
-    ((_, sent),) = flattener.flatten([("columns", whole[:, 1:])]).tensors()
-    assert torch.equal(sent, whole[:, 1:]) and sent.data_ptr() != whole[:, 1:].data_ptr()
-
-
 def test_a_published_version_is_what_is_sampled_and_no_older_cache_serves_it(folder):
     async def scenario(s):
         context = prompt(0, 11)
@@ -226,6 +207,39 @@ def test_the_first_publish_is_checked_against_what_the_server_read_itself(folder
             lambda s: publish_as_fresh(s, scaled(folder, 1.1), 4),
             before=lambda fake: fake.ignored_tensors.add("model.norm.weight"),
         )
+
+
+def test_an_engine_that_dies_in_delivery_costs_the_others_nothing(folder):
+    taken = []
+
+    def buckets():
+        for bucket in scaled(folder, 1.1):
+            taken.append(len(bucket))
+            yield bucket
+
+    async def scenario():
+        small = 1 << 14  # several calls
+        async with fake_server(folder) as dying, fake_server(folder) as living:
+            dying.engine.name = "sglang-1"
+            update, num_updates = dying.fake._on_update_weights_from_tensor, 0
+
+            async def update_once(query, body):
+                nonlocal num_updates
+                num_updates += 1
+                if num_updates > 1:
+                    raise dying.fake.die("killed")
+                return await update(query, body)
+
+            dying.fake._on_update_weights_from_tensor = update_once
+            engines = [dying.engine, living.engine]
+            failed = await load_weights(engines, buckets(), 1, living.engine.transport, bucket_bytes=small)
+            assert list(failed) == ["sglang-1"] and isinstance(failed["sglang-1"], EngineGoneError) and num_updates == 2
+            assert (dying.engine.weight_version, living.engine.weight_version) == (-1, 1)
+            return living.fake.weights
+
+    weights = run(scenario())
+    assert taken == [len(bucket) for bucket in scaled(folder, 1.1)], "the other ranks gather to the end"
+    assert all(torch.equal(weights[name], tensor * 1.1) for name, tensor in read_folder(folder))
 
 
 def test_weights_of_another_shape_are_refused_by_name_and_the_iterator_is_still_emptied(folder):

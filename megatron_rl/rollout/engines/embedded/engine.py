@@ -40,6 +40,7 @@ class EmbeddedEngine:
     """See `base.Engine`. Without weights until the first `load_weights`."""
 
     capabilities = Capabilities(log_probs=True, kv_snapshot=True, memory_release=True, streaming=True)
+    is_restarting = False
 
     def __init__(
         self,
