@@ -97,9 +97,34 @@ bool Detector::extend_all(int32_t token) {
 }
 
 std::optional<std::size_t> Detector::push_many(const int32_t* tokens, std::size_t num_tokens) {
-    for (std::size_t i = 0; i < num_tokens; ++i)
-        if (push(tokens[i])) return i;
+    for (std::size_t i = 0; i < num_tokens;) {
+        i += push_unseen(tokens + i, num_tokens - i);
+        if (i < num_tokens && push(tokens[i++])) return i - 1;
+    }
     return std::nullopt;
+}
+
+std::size_t Detector::push_unseen(const int32_t* tokens, std::size_t num_tokens) {
+    if (num_running_ > 0 || all_running_ || num_known_ < num_lanes_) return 0;
+    // What the loop changes is held here: through `this` every store into a table would make it load them again.
+    Chain* const chains = chains_.data();
+    int32_t* const recent = recent_.data();
+    uint32_t* const older = older_.data();
+    const uint32_t shift = hash_shift_;
+    const std::size_t first = next_, lanes = num_lanes_, end = next_ + std::min(num_tokens, recent_.size() - next_);
+    std::size_t next = first;
+    for (uint32_t place = place_; next < end; ++next, ++place) {
+        const int32_t token = tokens[next - first];
+        Chain& chain = chains[hash(token, shift)];
+        if (chain.length > 0) break;
+        recent[next] = token;
+        older[next] = chain.newest;
+        chain = {place, 1};
+        --chains[hash(recent[next - lanes], shift)].length;
+    }
+    next_ = next;
+    place_ += static_cast<uint32_t>(next - first);
+    return next - first;
 }
 
 void Detector::make_room() {

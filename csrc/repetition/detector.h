@@ -37,7 +37,11 @@ private:
         uint32_t length = 0;  // how many of the last num_lanes_ tokens are on it
     };
 
-    Chain& chain_of(int32_t token) { return chains_[static_cast<uint32_t>(token) * 0x9e3779b1u >> hash_shift_]; }
+    static uint32_t hash(int32_t token, uint32_t shift) { return static_cast<uint32_t>(token) * 0x9e3779b1u >> shift; }
+    Chain& chain_of(int32_t token) { return chains_[hash(token, hash_shift_)]; }
+
+    // Pushes tokens up to the first that may have occurred among the last ones; how many. 0 while anything may run.
+    std::size_t push_unseen(const int32_t* tokens, std::size_t num_tokens);
     bool extend_few(int32_t token, const Chain& chain);
     bool extend_all(int32_t token);
     void make_room();
