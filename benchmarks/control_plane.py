@@ -12,16 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from result_file import Row, write_result
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the references are the tests'
 
 from megatron_rl.kernels import packed_index, partition
 from megatron_rl.kernels.build import state

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent / "results"
+sys.path.append(str(Path(__file__).parents[1]))  # for what benchmarks borrow from tests/ and examples/; their own folder is there
 
 
 @dataclass(frozen=True)

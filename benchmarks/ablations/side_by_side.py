@@ -90,7 +90,7 @@ def run_job(name: str, seed: int, settings: Sequence[str]) -> Job:
 
 def environment(hidden: str) -> dict[str, str]:
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    paths = [hidden, str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [hidden, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, **one_thread, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
 
 
