@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from even_heads import with_empty_heads
-from gpu_timing import Clock, show
+from gpu_timing import Clock, command_line, show
 from launched import ROOT, Job, torchrun
 from result_file import FOLDER, Row, write_result
 
@@ -212,12 +212,9 @@ def _row(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, seconds=300, then="no run goes on")
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
-    parser.add_argument("--seconds", type=float, default=300, help="after which no run goes on")
     parser.add_argument("--only", nargs="+", choices=DEMOS, default=list(DEMOS))
-    parser.add_argument("--small", action="store_true", help="a tiny model and a fake server, on a CPU")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options, overrides = parser.parse_known_args()
     if options.rank_of:

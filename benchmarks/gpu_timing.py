@@ -20,6 +20,7 @@ from result_file import FOLDER, Row
 T = TypeVar("T")
 CALLS = 5  # of a short kernel a sample, so that what a launch costs the host does not count
 Sides = Mapping[str, Callable[[], object]]
+FAKE = "a tiny model and a fake server, on a CPU"
 
 
 @dataclass
@@ -48,6 +49,15 @@ class Clock:
         print(f"[{self.seconds - self.left:5.1f} s] {what}", flush=True)
 
 
+def command_line(description: str | None, *, seconds: float, then: str, small: str = FAKE) -> argparse.ArgumentParser:
+    """The options of every benchmark that runs unattended. then: what holds after `seconds`; small: what `--small` tries."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"after which {then}")
+    parser.add_argument("--small", action="store_true", help=small)
+    return parser
+
+
 @dataclass(frozen=True)
 class Command:
     out: Path
@@ -58,10 +68,7 @@ class Command:
     @staticmethod
     def parse(description: str | None) -> Command:
         """Of a benchmark whose cases are left out when the time is over; ends the program where it needs a GPU and has none."""
-        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
-        parser.add_argument("--seconds", type=float, default=100, help="after which no case is started")
-        parser.add_argument("--small", action="store_true", help="toy sizes, on a CPU too")
+        parser = command_line(description, seconds=100, then="no case is started", small="toy sizes, on a CPU too")
         arguments = parser.parse_args()
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cpu" and not arguments.small:

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from gpu_timing import Clock
 
 ROOT = Path(__file__).parents[1]
 _END_S = 15.0  # between SIGTERM and SIGKILL
@@ -19,6 +21,18 @@ def torchrun(ranks: int, *program: str | Path) -> list[str]:
     """A command that starts `program` on so many ranks of this machine, which find each other at a free port."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*launcher, *map(str, program)]
+
+
+def ended_ranks(script: str, folder: Path, counts: Iterable[int], clock: Clock, *, telling: str) -> Iterator[int]:
+    """`script --rank-of folder` for each number of ranks, all started at once for the sake of their imports: each number as its
+    ranks have ended, or were ended at the clock's end, and the lines with `telling`, or the last ones, were printed."""
+    jobs = {n: Job(torchrun(n, script, "--rank-of", folder), folder / f"ranks{n}.log") for n in counts}
+    for ranks, job in jobs.items():
+        code = job.wait(clock.left)
+        clock.tell(f"{ranks} rank(s): {'ended at the deadline' if code is None else f'exit code {code}'}")
+        lines = job.log.read_text(errors="replace").splitlines()
+        print("\n".join(line for line in lines if telling in line) if code == 0 else job.tail(60), flush=True)
+        yield ranks
 
 
 class Job:

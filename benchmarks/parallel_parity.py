@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from even_heads import with_empty_heads
-from gpu_timing import Clock
-from launched import Job, torchrun
-from result_file import FOLDER, Row, write_result
+from gpu_timing import Clock, command_line
+from launched import ended_ranks
+from result_file import Row, write_result
 
 from megatron_rl.algorithms import MirrorDescent
 from megatron_rl.config import Config
@@ -206,11 +206,10 @@ def prepare(folder: Path, model: Path | None, small: bool) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(
+        __doc__, seconds=85, then="the ranks are ended", small="a tiny random model, on a CPU if there is no GPU"
+    )
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
-    parser.add_argument("--seconds", type=float, default=85, help="after which the ranks are ended")
-    parser.add_argument("--small", action="store_true", help="a tiny random model, on a CPU if there is no GPU")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of:
@@ -222,12 +221,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, options.model, options.small)
-        jobs = {n: Job(torchrun(n, __file__, "--rank-of", folder), folder / f"ranks{n}.log") for n in LAYOUTS}
-        for ranks, job in jobs.items():
-            code = job.wait(clock.left)
-            clock.tell(f"{ranks} rank(s): {'ended at the deadline' if code is None else f'exit code {code}'}")
-            lines = job.log.read_text(errors="replace").splitlines()
-            print("\n".join(line for line in lines if " s, log-ratio " in line) if code == 0 else job.tail(60), flush=True)
+        for _ in ended_ranks(__file__, folder, LAYOUTS, clock, telling=" s, log-ratio "):
+            pass
         return report(folder, options.out)
 
 

@@ -16,7 +16,6 @@ and the weight version stays, so that the server finds what it had. The limit of
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import tempfile
 import time
@@ -28,8 +27,8 @@ from statistics import NormalDist, mean
 
 import numpy as np
 import torch
-from gpu_timing import Clock, show
-from result_file import FOLDER, Row, write_result
+from gpu_timing import Clock, command_line, show
+from result_file import Row, write_result
 from served_model import Setup, attempt, open_server, prepare
 
 from megatron_rl.rollout.buffer import ReplayBuffer
@@ -286,12 +285,9 @@ def settings(workload: Workload) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
+    parser = command_line(__doc__, seconds=165, then="nothing is started")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=165, help="after which nothing is started")
     parser.add_argument("--train-tokens-per-s", type=float, default=40000, help="speed of the training that is not done")
-    parser.add_argument("--small", action="store_true", help="a tiny model and a fake server, on a CPU")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.small:
         parser.error("no GPU here; --small tries the code on a CPU")

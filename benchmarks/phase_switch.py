@@ -13,7 +13,6 @@ bit. The default of 28 layers (66 GB of state) fits a GPU of 80 GB; one of 141 G
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import tempfile
@@ -24,8 +23,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_timing import Clock, machine_ceilings, show
-from result_file import FOLDER, Row, write_result
+from gpu_timing import Clock, command_line, machine_ceilings, show
+from result_file import Row, write_result
 from served_model import Setup, fill_at_random, megatron_of_one, prepare, weight_bytes
 
 from megatron_rl.serving_sglang import SGLangServing
@@ -141,12 +140,9 @@ def measure(setup: Setup, runner: asyncio.Runner, clock: Clock, out: Path, round
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
+    parser = command_line(__doc__, seconds=165, then="no round is started")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=6, help="that count; the one before them does not")
-    parser.add_argument("--seconds", type=float, default=165, help="after which no round is started")
-    parser.add_argument("--small", action="store_true", help="a tiny model and a fake server, on a CPU")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.small:
         parser.error("no GPU here; --small tries the code on a CPU")

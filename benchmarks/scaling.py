@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from gpu_timing import Clock, machine_ceilings, percentiles, show, synchronize
-from launched import Job, torchrun
-from result_file import FOLDER, Row, device_name, write_result
+from gpu_timing import Clock, command_line, machine_ceilings, percentiles, show, synchronize
+from launched import ended_ranks
+from result_file import Row, device_name, write_result
 from served_model import QWEN3_8B, fill_at_random
 
 from megatron_rl.algorithms import MirrorDescent
@@ -206,11 +206,8 @@ def _rate(case: str, unit: str, samples: list[float], limit: float | None, digit
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
+    parser = command_line(__doc__, seconds=75, then="the ranks are ended", small="a tiny model, on a CPU if there is no GPU")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=75, help="after which the ranks are ended")
-    parser.add_argument("--small", action="store_true", help="a tiny model, on a CPU if there is no GPU")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of:
@@ -233,16 +230,11 @@ def main() -> int:
 
 
 def collect(folder: Path, clock: Clock, options: argparse.Namespace) -> int:
-    """Both numbers of ranks are started at once, for the sake of their imports. 1 where a layout is missing."""
+    """1 where a layout is missing."""
     counts = [n for n in LAYOUTS if options.small or n <= torch.cuda.device_count()]
-    jobs = {n: Job(torchrun(n, __file__, "--rank-of", folder), folder / f"ranks{n}.log") for n in counts}
     found: dict[str, Any] = {"ceilings": {}}
-    for ranks, job in jobs.items():
-        code = job.wait(clock.left)
+    for ranks in ended_ranks(__file__, folder, counts, clock, telling="tokens: ["):
         (folder / f"ranks{ranks}.done").touch()
-        clock.tell(f"{ranks} rank(s): {'ended at the deadline' if code is None else f'exit code {code}'}")
-        lines = job.log.read_text(errors="replace").splitlines()
-        print("\n".join(line for line in lines if "tokens: [" in line) if code == 0 else job.tail(60), flush=True)
         path = folder / f"ranks{ranks}.json"
         found |= json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     device = torch.device("cuda") if torch.cuda.is_available() else None

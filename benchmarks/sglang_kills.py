@@ -14,7 +14,6 @@ What the runs say goes to DIR/sglang_kills_<number>.log. Exits with 1 where a ru
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -31,8 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_timing import Clock
-from result_file import FOLDER, Row, write_result
+from gpu_timing import Clock, command_line
+from result_file import Row, write_result
 
 from megatron_rl.errors import BufferFileError
 from megatron_rl.report.metrics import read_metrics
@@ -205,11 +204,8 @@ def prepare(folder: Path, model: Path | None) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, seconds=280, then="everything is ended, and what there is told")
     parser.add_argument("--model", type=Path, help="Hugging Face folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file and the runs' logs")
-    parser.add_argument("--seconds", type=float, default=280, help="after which everything is ended, and what there is told")
-    parser.add_argument("--small", action="store_true", help="a tiny model and a fake server, on a CPU")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="these kills only")
     options, overrides = parser.parse_known_args()
     if not options.model and not options.small:

@@ -15,7 +15,6 @@ row is its target, 0.5 s for 16 GB, scaled by size; for memory, two buckets. Whe
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import io
@@ -30,9 +29,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_timing import Clock, machine_ceilings, percentiles, show, synchronize
+from gpu_timing import Clock, command_line, machine_ceilings, percentiles, show, synchronize
 from publish_profile import Publish, profile
-from result_file import FOLDER, Row, write_result
+from result_file import Row, write_result
 from served_model import GPUMemory, Setup, attempt, fill_at_random, megatron_of_one, open_server, prepare, weight_bytes
 
 from megatron_rl.rollout.engines.sglang import SGLangEngine
@@ -285,12 +284,9 @@ async def measure(setup: Setup, clock: Clock, out: Path, ceilings: dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
+    parser = command_line(__doc__, seconds=120, then="no case is started")
     parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--seconds", type=float, default=120, help="after which no case is started")
     parser.add_argument("--transport", choices=("ipc", "distributed"), default="ipc", help="same GPU, or the next one")
-    parser.add_argument("--small", action="store_true", help="a tiny model and a fake server, on a CPU")
     arguments = parser.parse_args()
     shares = arguments.transport == "ipc"
     if torch.cuda.device_count() < 2 - shares and not arguments.small:

@@ -29,9 +29,7 @@ class Verdict(StrEnum):
 
 
 _OPTION = re.compile(r"(?:^|\s)\(?([A-E])[).:]\s", re.MULTILINE)
-_CHOSEN = re.compile(
-    r"(?:option |choice )?\(?[a-e](?:[).:].*)?"
-)  # of a normalised answer: a letter, and perhaps what it stands for
+_CHOSEN = re.compile(r"(?:option |choice )?\(?[a-e](?:[).:].*)?")  # of a normalised answer: a letter, perhaps its wording
 _PROOF = re.compile(r"\b(?:prove|show) that\b|^prove\b", re.IGNORECASE)
 _BINARY = {"true", "false", "yes", "no"}
 
