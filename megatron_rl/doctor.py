@@ -220,6 +220,12 @@ def contents(config: Config) -> Iterator[Finding]:
         configuration.check_model(config, shape)
         return f"{config.model.folder}: {shape.family}, {shape.num_layers} layers of {shape.hidden_size}"
 
+    def algorithm() -> str:
+        from megatron_rl.algorithms import make_algorithm
+
+        make_algorithm(config.algorithm)
+        return config.algorithm.name
+
     def prompts() -> str:
         from megatron_rl.data.sources import load_prompts
         from megatron_rl.data.tokenizer import ChatTokenizer
@@ -237,6 +243,7 @@ def contents(config: Config) -> Iterator[Finding]:
         )
 
     yield _tried("model", model)
+    yield _tried("algorithm", algorithm)
     yield _tried("prompts", prompts)
     yield _tried("rewards", rewards)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from megatron_rl.algorithms import ALGORITHMS
 from megatron_rl.config.shared import (
     AdamConfig,
     ExportConfig,
@@ -250,10 +251,10 @@ class PTXConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    name: Literal["mirror_descent", "k2", "k25", "rest", "rloo", "ppo", "grpo", "dr_grpo", "reinforce_pp", "gspo", "cispo"] = (
-        setting(
-            "mirror_descent", "objective with its advantages and denominator (paper 2.3.2; the others: megatron_rl/algorithms)"
-        )
+    name: str = setting(
+        "mirror_descent",
+        "objective with its advantages and denominator (paper 2.3.2; the others: megatron_rl/algorithms) "
+        f"({' | '.join(ALGORITHMS)})",
     )
     tau: float = setting(
         0.1, "weight of the squared log-ratio; acts from the second optimizer step of an iteration on", gt=0, ours=True

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_rl.algorithms import Normalization, sequence_weights
+from megatron_rl.algorithms.normalization import Normalization, sequence_weights
 from megatron_rl.types import Group, TrainingSequence, Trajectory
 
 

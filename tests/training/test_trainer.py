@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.algorithms import MirrorDescent
+from megatron_rl.algorithms.mirror_descent import MirrorDescent
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.weights import hf
 from tests.training.material import dense_log_probs, dense_steps, exported, flat, gradients, make_config, make_groups, make_model
