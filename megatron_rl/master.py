@@ -54,7 +54,9 @@ class Master:
         self.shaping = Shaping(config.rewards)
         self.algorithm = make_algorithm(config.algorithm)
         self.ptx = PTX(config, self.tokenizer, model) if config.algorithm.ptx.weight else None
-        self.sampler = make_sampler(config.sampler, self.prompts.train, config.run.seed)
+        self.sampler = make_sampler(
+            config.sampler, self.prompts.train, config.run.seed, batch=config.rollout.groups_per_iteration
+        )
         self.buffer = ReplayBuffer(config.buffer_path, run_id=run_id)
         self.metrics = MetricsLog(config.run.folder, config.report.tensorboard)
         self.progress = Progress(config.run.iterations)

@@ -52,7 +52,9 @@ class DataConfig(Section):
 
 class SamplerConfig(Section):
     name: Literal["uniform", "curriculum", "prioritized"] = setting("uniform", "how prompts are drawn (paper 2.3.4)", ours=True)
-    switch_iteration: Positive = setting(24, "curriculum: iteration at which only hard prompts remain (paper 3.5)")
+    switch_iteration: Positive = setting(
+        24, "curriculum: iteration at which only hard prompts remain (paper 3.5); all fill a batch that there are too few for"
+    )
     hard_below: Fraction = setting(0.5, "curriculum: a prompt is hard when its success rate is below this", ours=True)
     smoothing: Fraction = setting(0.5, "weight of the newest group in the tracked success rate", ours=True)
     floor: Fraction = setting(0.02, "prioritized: least weight, so that a solved prompt can come back", ours=True)
