@@ -230,7 +230,8 @@ def contents(config: Config) -> Iterator[Finding]:
         from megatron_rl.data.sources import load_prompts
         from megatron_rl.data.tokenizer import ChatTokenizer
 
-        found = load_prompts(config.data, ChatTokenizer.from_folder(config.model.folder))
+        tokenizer = ChatTokenizer.from_folder(config.model.folder)
+        found = load_prompts(config.data, tokenizer, terms=config.rewards.names)
         return f"{len(found.train):,} to train on, {len(found.held_out):,} held out"
 
     def rewards() -> str:

@@ -46,7 +46,7 @@ class Master:
     def __init__(self, config: Config, model: ModelConfig, run_id: str, runner: asyncio.Runner) -> None:
         self.config, self.model, self.runner = config, model, runner
         self.tokenizer = ChatTokenizer.from_folder(config.model.folder)
-        self.prompts = load_prompts(config.data, self.tokenizer)
+        self.prompts = load_prompts(config.data, self.tokenizer, terms=config.rewards.names)
         self.scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
         self.evaluation: IntervalEvaluation | None = None
         if config.evaluation.every:

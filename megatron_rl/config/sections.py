@@ -243,6 +243,11 @@ class RewardsConfig(Section):
     budget: TokenBudgetConfig = setting(TokenBudgetConfig(), "token-budget control")
     toggle: ToggleConfig = setting(ToggleConfig(), "phases with and without a length budget")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the terms that score; empty: each prompt's own verifier does."""
+        return tuple(term.name for term in self.terms)
+
 
 class PTXConfig(Section):
     weight: float = setting(
