@@ -304,6 +304,13 @@ def test_kl_and_entropy_gradients_are_exact_in_expectation(term):
     assert float(made.objective.loss(inputs).sum()) == pytest.approx(wanted_loss.item())
 
 
+def test_the_entropy_term_is_still_where_entropy_is_greatest():
+    """Not in expectation only: at a uniform policy no token is pushed."""
+    inputs, _, _ = enumerated(torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.float64))
+    made = make_algorithm(AlgorithmConfig(name="rloo", entropy_weight=0.7))
+    torch.testing.assert_close(made.objective.coefficients(inputs), torch.zeros(18, dtype=torch.float64))
+
+
 def test_terms_are_added_with_the_objectives_own_denominator():
     case = Case(2)
     plain = case.by_us("grpo")[1]
