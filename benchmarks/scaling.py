@@ -31,7 +31,7 @@ from launched import ended_ranks
 from result_file import Row, device_name, write_result
 from served_model import QWEN3_8B, fill_at_random
 
-from megatron_rl.algorithms import MirrorDescent
+from megatron_rl.algorithms.mirror_descent import MirrorDescent
 from megatron_rl.config import Config
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import cpu, parallel
