@@ -7,8 +7,9 @@ log-probs of all tokens so far in every event (`log_probs="all"`, its way withou
 aborted before its first token answers in another form; releasing while busy and resuming what is not released kill the server;
 a prompt has to stay 6 tokens below the context, prompt and response together 2; an update through a group it is not in kills it.
 Groups are gloo's, whatever backend is asked for, and what is broadcast to it is received.
-As a program it loads plugins, takes SGLang's arguments and, after `--fake-fault`, a fault: `oom`, `hang`, `delivery` to die
-in its second update of weights, or a number of events to die after.
+As a program it loads plugins, takes SGLang's arguments and, after `--fake-fault`, faults of its starts, one after the other, with
+commas: `oom`, `hang`, `delivery` to die in its second update of weights, `generating` to die under weight version 1, or a number
+of events to die after.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class FakeSGLang:
         self.ignored_tensors: set[str] = set()  # a fault: updates of these are lost
         self.says_nothing_of: set[int] = set()  # a fault: indices in a POST
         self.dies_after: int | None = None  # events
+        self.counts_under: str | None = None  # weight version of the events that count; None: all
         self.dies_in_update: int | None = None  # its number; before anything of it is taken
         self._num_updates = 0
         self.loses_aborts = 0  # a fault: so many aborts are lost
@@ -207,7 +209,7 @@ class FakeSGLang:
         return Request(number, ids, max_new_tokens, sampling, self._engine.weight_version, body["extra_key"])
 
     def _count_event(self) -> None:
-        self._num_events += 1
+        self._num_events += self.counts_under in (None, self.weight_version)
         if self.dies_after is not None and self._num_events > self.dies_after:
             raise self.die("killed")
 
@@ -350,17 +352,20 @@ def _views(payload: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
 
 async def main(arguments: list[str]) -> None:
     values = dict(zip(arguments, arguments[1:], strict=False))
-    fault = values.get("--fake-fault", "")
+    died = Path(values["--model-path"]) / "died"  # once for each byte
+    faults, num_deaths = values.get("--fake-fault", "").split(","), died.stat().st_size if died.exists() else 0
+    fault = faults[num_deaths] if num_deaths < len(faults) else ""
     if fault == "oom":
         sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.")
     if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
         sys.exit("torch.distributed.DistNetworkError: the server's ranks wait for the store of another launch")
     server = FakeSGLang(Path(values["--model-path"]))
     server.gpus = [int(values["--base-gpu-id"]) + rank for rank in range(int(values["--tp-size"]))]
-    marker = server.folder / "died"  # it dies once
-    if (fault.isdigit() or fault == "delivery") and not marker.exists():
-        marker.touch()
-        server.dies_after = int(fault) if fault.isdigit() else None
+    if fault.isdigit() or fault in ("delivery", "generating"):
+        with died.open("ab") as file:
+            file.write(b"x")
+        server.dies_after = int(fault) if fault.isdigit() else 3 if fault == "generating" else None
+        server.counts_under = "1" if fault == "generating" else None
         server.dies_in_update = 2 if fault == "delivery" else None
     server.on_death = lambda: os._exit(3)
     if hooks := {target.rsplit(".", 1)[1]: hook for target, hook in load_plugins().items()}:
