@@ -123,6 +123,7 @@ class Master:
         try:
             groups = self.runner.run(self.rollout.run(iteration, version))
         except EngineLostError:
+            self._shown = (0, self._shown[1])  # the next call counts its tokens from the start, and complete groups again
             if self.kept_kv:  # the caches of those that live are emptied meanwhile
                 self.runner.run(self.kept_kv.put_away(self.buffer.open_groups()))
             raise
