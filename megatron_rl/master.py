@@ -63,6 +63,7 @@ class Master:
         self.kept_kv: KeptKV | None = None
         self.stopping = False
         self._shaped_reward = 0.0  # mean over the last batch, as the advantages saw it
+        self._shown = (0, 0)  # tokens and complete groups of the phase, as its progress tells
         if advice := network_advice(config.buffer_path):
             log.warning("%s", advice)
 
