@@ -31,7 +31,6 @@ from megatron_rl import loop, run
 from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.rollout.engines.base import Chunk, Request
 from megatron_rl.rollout.engines.sglang_http import SGLangClient
-from megatron_rl.rollout.engines.sglang_server import ServerProcess
 from megatron_rl.rollout.engines.sglang_supervisor import SupervisedEngine
 from megatron_rl.rollout.engines.sglang_transport import IPC
 from megatron_rl.serving_sglang import SGLangServing
@@ -54,8 +53,8 @@ class Killer:
         self._waits = len(killed) > len(written) - len(killed)  # for tokens after a kill; here: of the trainer
         self._num_restarts = -1  # of the engine, at the kill
         self._iteration = self._num_requests = self._num_chunks = self._num_buckets = 0
-        self._server: ServerProcess
-        self._engine: SupervisedEngine | None = None
+        self._engine: SupervisedEngine | None = None  # whose chunk was the last
+        self._victim: SupervisedEngine | None = None
 
     def reach(self, phase: str) -> None:
         """A point of the run; perhaps its last."""
@@ -63,15 +62,17 @@ class Killer:
             return
         self._phases.pop(0)
         self._next_iteration += APART
-        self._waits, self._num_restarts = True, self._engine.num_restarts if self._engine else 0
-        victim = os.getpid() if phase == "trainer" else scheduler_of(self._server.pid)
+        assert self._engine is not None, "iterations have gone by"
+        self._waits, self._victim, self._num_restarts = True, self._engine, self._engine.num_restarts
+        process = os.getpid() if phase == "trainer" else scheduler_of(self._engine._server.pid)
         self._write("killed", phase=phase)
-        os.kill(victim, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
 
     def hear(self, engine: SupervisedEngine) -> None:
         """A chunk has come."""
+        self._engine = engine
         self._num_chunks += 1
-        if self._waits and engine.num_restarts > self._num_restarts:
+        if self._waits and self._victim in (None, engine) and engine.num_restarts > self._num_restarts:
             self._waits = False
             self._write("went on")
         if self._num_chunks >= self._num_requests:
@@ -93,7 +94,6 @@ class Killer:
         generate = SupervisedEngine.generate
 
         async def heard(engine: SupervisedEngine, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
-            self._engine = engine
             self._num_requests += len(requests)
             async with aclosing(generate(engine, requests)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
@@ -102,7 +102,6 @@ class Killer:
 
         SupervisedEngine.generate = heard  # type: ignore[assignment, method-assign]
         before(ReplayBuffer, "begin_phase", self._begin_phase)
-        before(ServerProcess, "start", lambda server: setattr(self, "_server", server))
         before(SGLangServing, "release", lambda *_: self.reach("before release"))
         before(Trainer, "step", lambda *_, **__: self.reach("training"))
         before(IPC, "deliver", self._deliver)

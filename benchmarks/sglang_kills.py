@@ -7,7 +7,10 @@ metrics.jsonl must hold every iteration; correctness and the distance of log-pro
 a kill to the first tokens of the server started again, so the rest of the training phase is in them. Unattended, one GPU:
 
     python benchmarks/sglang_kills.py --model FOLDER --out DIR [--seconds 280] [--phases "in delivery" trainer]
+    python benchmarks/sglang_kills.py --model FOLDER --out DIR --ranks 2    # two GPUs; writes sglang_kills_2_ranks.json
     python benchmarks/sglang_kills.py --small --out DIR     # no numbers worth reading: a tiny model, a fake server, on a CPU
+
+With several ranks each has a server on its GPU, and one run is killed: the ranks bring a server back together.
 
 What the runs say goes to DIR/sglang_kills_<number>.log. Exits with 1 where a run did not get to its end or something is lost.
 """
@@ -23,6 +26,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -31,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_timing import Clock, command_line
+from launched import torchrun
 from result_file import Row, write_result
 
 from megatron_rl.errors import BufferFileError
@@ -53,6 +58,7 @@ PLAN = (  # the phases in which each run is killed, in order
     ("in release", "training"),
     ("trainer",),
 )
+PLAN_OF_RANKS = (("generating", "in delivery"),)
 ITERATIONS = 12
 KILLS = "kills.jsonl"  # in a run's folder
 OVERRIDES = (
@@ -78,6 +84,7 @@ class KilledRun:
     folder: Path
     command: Sequence[str]
     log: Path
+    is_launched: bool  # by torchrun, which ends its ranks where it is asked to end
     process: subprocess.Popen[bytes] = field(init=False)
 
     def start(self) -> None:
@@ -97,6 +104,10 @@ class KilledRun:
 
     def end(self) -> None:
         """Its server ends with it. The server's last words go to the log, where the run did not get to its end."""
+        if self.process.poll() is None and self.is_launched:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(40)
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -207,6 +218,7 @@ def main() -> int:
     parser = command_line(__doc__, seconds=280, then="everything is ended, and what there is told")
     parser.add_argument("--model", type=Path, help="Hugging Face folder of SmolLM2-135M-Instruct")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="these kills only")
+    parser.add_argument("--ranks", type=int, default=1, help="of the trainer, with a server each")
     options, overrides = parser.parse_known_args()
     if not options.model and not options.small:
         parser.error("give --model; --small tries the code on a CPU")
@@ -214,18 +226,22 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a server that is ending may still write
         settings = [*prepare(Path(folder), None if options.small else options.model), *overrides]
+        settings += [f"rollout.sglang.engines={options.ranks}"]
         runs = []
-        for number, planned in enumerate(PLAN):
+        for number, planned in enumerate(PLAN if options.ranks == 1 else PLAN_OF_RANKS):
             if phases := [phase for phase in planned if phase in options.phases]:
                 where, log = Path(folder) / f"run{number}", options.out / f"sglang_kills_{number}.log"
                 log.unlink(missing_ok=True)
-                command = [sys.executable, str(ROOT / "benchmarks" / "sglang_kill_points.py"), str(where), *settings]
-                command += [*(["--small"] if options.small else []), "--phases", *phases]
-                runs.append(KilledRun(number, phases, where, command, log))
+                program = [str(ROOT / "benchmarks" / "sglang_kill_points.py"), str(where), *settings]
+                program += [*(["--small"] if options.small else []), "--phases", *phases]
+                is_launched = options.ranks > 1
+                command = torchrun(options.ranks, *program) if is_launched else [sys.executable, *program]
+                runs.append(KilledRun(number, phases, where, command, log, is_launched))
         rows = watch(runs, clock)
     packages = ["torch", "aiohttp"] if options.small else ["torch", "sglang", "megatron-core", "aiohttp"]
     device = torch.device("cuda") if torch.cuda.is_available() else None
-    write_result("sglang_kills", rows, ceilings={}, packages=packages, device=device, folder=options.out)
+    name = "sglang_kills" if options.ranks == 1 else f"sglang_kills_{options.ranks}_ranks"
+    write_result(name, rows, ceilings={}, packages=packages, device=device, folder=options.out)
     return int(not is_whole(rows) or any(each.process.returncode for each in runs))
 
 

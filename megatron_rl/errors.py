@@ -29,6 +29,10 @@ class EngineGoneError(EngineError):
     """An engine's process died, fell silent or cannot be reached; another one in its place could go on."""
 
 
+class EngineLostError(EngineError):
+    """An engine's process is gone, and only all ranks together can bring it back: its weights have to be exported again."""
+
+
 class RewardError(MegatronRLError, RuntimeError):
     """A reward function cannot be loaded or keeps failing."""
 

@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TypeVar
 
 from megatron_rl.config import Config
+from megatron_rl.errors import EngineLostError
 from megatron_rl.orders import Order
 from megatron_rl.run import Run, open_run
 from megatron_rl.training.cpu import return_freed_memory
 from megatron_rl.types import Group
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def train(config: Config) -> int:
@@ -52,7 +57,7 @@ def _evaluate(run: Run, seconds: dict[str, float]) -> dict[str, float]:
     if run.master is None or run.shutdown.requested or not run.master.evaluates(run.iteration):
         return {}
     with _timed(run, seconds, "evaluation"):
-        return run.master.evaluate()
+        return _with_all_engines(run, run.master.evaluate)
 
 
 def _roll_out(run: Run, seconds: dict[str, float]) -> list[Group]:
@@ -60,13 +65,26 @@ def _roll_out(run: Run, seconds: dict[str, float]) -> list[Group]:
     if run.master is None or run.is_over or run.shutdown.requested:
         return []
     with _timed(run, seconds, "rollout"):
-        return run.master.batch(run.iteration, run.version)
+        return _with_all_engines(run, partial(run.master.batch, run.iteration, run.version))
+
+
+def _with_all_engines(run: Run, phase: Callable[[], T]) -> T:
+    """Rank 0: the phase, again for as long as an engine is lost in it that all ranks together bring back."""
+    while True:
+        try:
+            return phase()
+        except EngineLostError as e:
+            log.warning("iteration %d is interrupted: %s", run.iteration, e)
+            run.orders.give(Order(run.iteration, mend=True))
+            run.mend()
 
 
 def _order(run: Run, groups: list[Group]) -> Order:
     """What all ranks do next; decided by rank 0 alone."""
     if run.master is None:
-        return run.orders.take()
+        while (order := run.orders.take()).mend:
+            run.mend()
+        return order
     if run.is_over or run.shutdown.requested:
         return run.orders.give(Order(run.iteration, stop=True))
     save = (run.iteration + 1) % run.config.run.checkpoint_every == 0

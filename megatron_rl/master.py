@@ -22,6 +22,7 @@ from megatron_rl.config import Config
 from megatron_rl.data.samplers import make_sampler
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
+from megatron_rl.errors import EngineLostError
 from megatron_rl.file_system import network_advice
 from megatron_rl.interval_evaluation import IntervalEvaluation
 from megatron_rl.model_config import ModelConfig
@@ -66,6 +67,7 @@ class Master:
         self.kept_kv: KeptKV | None = None
         self.stopping = False
         self._shaped_reward = 0.0  # mean over the last batch, as the advantages saw it
+        self._shown = (0, 0)  # tokens and complete groups of the phase, as its progress tells
         if advice := network_advice(config.buffer_path):
             log.warning("%s", advice)
 
@@ -111,7 +113,8 @@ class Master:
     def batch(self, iteration: int, version: int) -> list[Group]:
         """The batch of an iteration: the recorded one where there is one, else what a rollout phase yields.
 
-        Recorded before it is trained on. An iteration before the last recorded batch that recorded none trained none."""
+        Recorded before it is trained on. An iteration before the last recorded batch that recorded none trained none.
+        Raises EngineLostError where the phase is to be gone on with by another call, once the engine is back."""
         recorded = self.buffer.batch(iteration)
         last = self.buffer.last_batch_iteration()
         if recorded is not None:
@@ -122,7 +125,13 @@ class Master:
         self.sampler.begin(iteration)
         if self.kept_kv:
             self.runner.run(self.kept_kv.bring_back(self.buffer.open_groups()))
-        groups = self.runner.run(self.rollout.run(iteration, version))
+        try:
+            groups = self.runner.run(self.rollout.run(iteration, version))
+        except EngineLostError:
+            self._shown = (0, self._shown[1])  # the next call counts its tokens from the start, and complete groups again
+            if self.kept_kv:  # the caches of those that live are emptied meanwhile
+                self.runner.run(self.kept_kv.put_away(self.buffer.open_groups()))
+            raise
         if groups and not self.stopping:
             self.buffer.record_batch(iteration, [group.id for group in groups])
         if self.kept_kv:

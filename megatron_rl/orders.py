@@ -20,6 +20,7 @@ class Order:
     """What all ranks do next, together."""
 
     iteration: int
+    mend: bool = False  # bring back the engines that are gone, then take the next order
     train: bool = False  # a batch is ready: train on it and publish
     save: bool = False  # write a checkpoint at this boundary
     stop: bool = False  # leave the loop

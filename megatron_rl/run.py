@@ -74,6 +74,10 @@ class Run:
         self.serving.load_weights(partial(self.trainer.export_buckets, self.config.weights.bucket_bytes), version)
         self.version = version
 
+    def mend(self) -> None:
+        """Bring back the engines that are gone, with the weights they had. Collective; no request runs anywhere meanwhile."""
+        self.serving.mend(partial(self.trainer.export_buckets, self.config.weights.bucket_bytes), self.version)
+
     def save(self) -> None:
         """Checkpoint at an iteration boundary: a position in the buffer's log. Collective."""
         extra = {"iteration": self.iteration, "version": self.version, **(self.master.state() if self.master else {})}

@@ -59,6 +59,10 @@ class Serving(Protocol):
         `version`."""
         ...
 
+    def mend(self, export: Callable[[], Iterator[list[tuple[str, torch.Tensor]]]], version: int) -> None:
+        """Bring back the engines that are gone and give them `version`. Collective, as `load_weights` is; no request runs."""
+        ...
+
     def readable_weights(self) -> AbstractContextManager[None]:
         """Inside, between phases, the trainer's weights can be saved or exported, wherever they wait. Collective."""
         ...
@@ -117,6 +121,9 @@ class EmbeddedServing:
                 pass
         for engine in self._remote:
             self._runner.run(engine.load_weights((), version))
+
+    def mend(self, export: Callable[[], Iterator[list[tuple[str, torch.Tensor]]]], version: int) -> None:
+        """Nothing: an engine lives as long as its rank."""
 
     def leave_kv(self, *, for_next_start: bool) -> None:
         if self.local:

@@ -11,6 +11,7 @@ so that weights of both sides and the KV cache are never there together with gra
 stays where it is, as it does with `rollout.sglang.colocated=false`: those we start then have the GPUs after the trainer's, and
 weights are broadcast to them. A server of ours that dies anywhere in this order is put up with: training goes on without it, and
 where the order ends it is started again, with the whole GPU free as at the start of the run, and published to in a second pass.
+While it generates, a trainer of one rank brings it back at once; with several the rollout phase is interrupted for that (`mend`).
 How the trainer's state moves: `training/phase_memory.py`. A server's life: `rollout/engines/`.
 """
 
@@ -119,6 +120,9 @@ class SGLangServing:
                 self._memory.offload("gradients", "main_weights")
                 self._wait_for_all_ranks()
         self._publish(export(), version)
+        self.mend(export, version)
+
+    def mend(self, export: Callable[[], Iterator[list[tuple[str, torch.Tensor]]]], version: int) -> None:
         while self._gather_all(any(engine.is_lost for engine in self._supervised))[0]:  # as rank 0 says
             self._start_again()
             self._publish(export(), version)

@@ -77,7 +77,7 @@ class Kills:
 
         def count_or_die(fake: FakeSGLang) -> None:
             count_event(fake)
-            if fake._num_events == 7 and self.due("generating"):
+            if fake._num_events % 7 == 0 and self.due("generating"):
                 raise fake.die("killed")
 
         patch.setattr(FakeSGLang, "_count_event", count_or_die)
@@ -100,8 +100,9 @@ class Kills:
         process.dies_in("update_weights_from_tensor", second_bucket)
 
 
-def trained(folder: Path, kills: Kills, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """All of a run on two fake servers that must not depend on its deaths, and how often they were started."""
+def trained(folder: Path, kills: Kills, patch: pytest.MonkeyPatch, *, is_alone: bool = True) -> dict[str, Any]:
+    """All of a run on two fake servers that must not depend on its deaths, and how often they were started. is_alone: the rank
+    exports its weights at any time; else as if others had to take part."""
     processes: list[FakeProcess] = []
 
     def process(config: Any, **options: Any) -> FakeProcess:
@@ -110,7 +111,12 @@ def trained(folder: Path, kills: Kills, patch: pytest.MonkeyPatch) -> dict[str, 
         return processes[-1]
 
     patch.setattr(serving_sglang, "ServerProcess", process)
-    patch.setattr(run, "SGLangServing", partial(SGLangServing, program=("fake",), serialize=lambda: serialize))
+
+    def serving(*arguments: Any, export: Any, **options: Any) -> SGLangServing:
+        export = export if is_alone else None
+        return SGLangServing(*arguments, export=export, program=("fake",), serialize=lambda: serialize, **options)
+
+    patch.setattr(run, "SGLangServing", serving)
     kills.install(patch, processes)
     settings = {"engines": 2, "bucket_bytes": 160000, "max_restarts": len(PHASES)}
     overrides = [f"run.folder={folder}", "run.checkpoint_every=1", "rollout.engine=sglang", "weights.bucket_bytes=40000"]
@@ -138,12 +144,15 @@ def trained(folder: Path, kills: Kills, patch: pytest.MonkeyPatch) -> dict[str, 
 def test_servers_killed_in_every_phase_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         wanted = trained(tmp_path / "undisturbed" / "run", Kills(), patch)
-    kills = Kills(*PHASES)
-    with monkeypatch.context() as patch:
-        found = trained(tmp_path / "killed" / "run", kills, patch)
-    assert not kills.left and found["starts"] == 2 + len(PHASES) and wanted["starts"] == 2
-    assert any(len(set(versions)) > 1 for _, versions in found["trajectories"].values()), "no partial rollout happened"
-    for key in ("batches", "trajectories", "counts", "rewards"):
-        assert found[key] == wanted[key], key
-    for name, tensor in found["weights"].items():
-        np.testing.assert_allclose(tensor, wanted["weights"][name], atol=1e-6, err_msg=name)
+    assert wanted["starts"] == 2
+    assert any(len(set(versions)) > 1 for _, versions in wanted["trajectories"].values()), "no partial rollout happened"
+    several = ("generating", "in delivery", "generating", "generating")  # the first under the model folder's weights
+    for name, phases in (("alone", PHASES), ("several", several)):
+        kills = Kills(*phases)
+        with monkeypatch.context() as patch:
+            found = trained(tmp_path / name / "run", kills, patch, is_alone=name == "alone")
+        assert not kills.left and found["starts"] == 2 + len(phases)
+        for key in ("batches", "trajectories", "counts", "rewards"):
+            assert found[key] == wanted[key], (name, key)
+        for parameter, tensor in found["weights"].items():
+            np.testing.assert_allclose(tensor, wanted["weights"][parameter], atol=1e-6, err_msg=parameter)

@@ -13,7 +13,8 @@ Their number is bounded by the trajectories of `rollout.max_open_groups` groups.
 
 When the phase ends because every open trajectory has spent its budget, draws and segments are the same whatever the order
 in which engines and scorers answer: a group's fate depends on its own tokens only, and groups are drawn in one order
-until `max_open_groups` of them are incomplete.
+until `max_open_groups` of them are incomplete. An engine that only all ranks can bring back ends the phase as SIGTERM does: what
+has been made is kept, and the same phase is run again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from megatron_rl.config import Config
-from megatron_rl.errors import BufferFileError, EngineError, RewardError
+from megatron_rl.errors import BufferFileError, EngineError, EngineLostError, RewardError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.rollout.continuation import Continuation, Limits, room
@@ -91,7 +92,7 @@ class Rollout:
         Empty when fewer than `min_groups` are complete, when a later phase has begun already, or after `stop`.
 
         Raises EngineError or RewardError, naming engine and trajectories, for a dead engine or a missed deadline; what was
-        generated is kept."""
+        generated is kept. EngineLostError where the same phase can go on, by another call, once the engine is back."""
         if self.is_stopping or not self.buffer.begin_phase(iteration):
             return []
         self._phase = _Phase(self, iteration, weight_version)
@@ -132,6 +133,7 @@ class _Phase:
         self._scoring: dict[asyncio.Task[None], int] = {}
         self._aborting: set[asyncio.Task[None]] = set()
         self._is_ending = False
+        self._lost: EngineLostError | None = None
         self._sampling = replace(rollout.sampling, temperature=temperature(rollout.config.rollout, iteration))
         self._started = self._now()
         self._heard = {engine.name: self._started for engine in rollout.engines}
@@ -155,11 +157,17 @@ class _Phase:
         finally:
             await self._leave()
         log.info("iteration %d: %d tokens, %d complete groups", self.iteration, self.num_tokens, len(self._complete))
+        if self._lost is not None and not (self._is_enough or self.rollout.is_stopping):
+            raise self._lost
         return sorted(self._complete, key=lambda group: group.id)
 
     @property
     def _is_over(self) -> bool:
-        return self.rollout.is_stopping or len(self._complete) >= self.settings.groups_per_iteration
+        return self._is_enough or self.rollout.is_stopping or self._lost is not None
+
+    @property
+    def _is_enough(self) -> bool:
+        return len(self._complete) >= self.settings.groups_per_iteration
 
     @property
     def _most_open(self) -> int:
@@ -242,6 +250,11 @@ class _Phase:
         try:
             async for chunk in engine.generate([c.request(self.weight_version) for c in continuations]):
                 self._receive(engine, chunk)
+        except EngineLostError as e:
+            self._lost = e
+            for continuation in [c for c in continuations if c.id in self._running]:
+                self._finish(continuation, Ending.ABORT)
+            return
         except EngineError as e:
             raise EngineError(f"engine {engine.name}, {_names(c.id for c in continuations)}: {e}") from e
         silent = [c.id for c in continuations if c.id in self._running]
@@ -268,9 +281,9 @@ class _Phase:
             self.rollout.on_tokens(self.num_tokens, len(self._complete))
 
     def _finish(self, continuation: Continuation, ending: Ending) -> None:
-        is_over = self._is_ending and not self.rollout.is_stopping  # a stopped phase will go on
-        verdict = continuation.verdict(ending, phase_is_over=is_over)
-        if verdict is Ending.ABORT and not (self._is_ending or continuation.is_abandoned):
+        goes_on = self.rollout.is_stopping or self._lost is not None
+        verdict = continuation.verdict(ending, phase_is_over=self._is_ending and not goes_on)
+        if verdict is Ending.ABORT and not (self._is_ending or goes_on or continuation.is_abandoned):
             raise EngineError(f"aborted trajectory {continuation.id}, which nobody asked for; see its log")
         del self._running[continuation.id]
         self._close(continuation, verdict)

@@ -15,11 +15,11 @@ from tests.resume.recipe import write_recipe
 FAKE = Path(__file__).parents[1] / "rollout" / "engines" / "fake_sglang.py"
 LAYOUT = ["training.tensor_parallel=2", "rollout.sglang.tensor_parallel=2"]  # one server of two ranks
 BUCKETS = ["weights.bucket_bytes=4096", "rollout.sglang.bucket_bytes=16384"]
-FAULT = "rollout.sglang.server_arguments={fake_fault: delivery}"
+FAULTS = "rollout.sglang.server_arguments={fake_fault: 'delivery,generating'}"
 
 
 def train_served(folder: str) -> int:
-    write_recipe(Path(folder), iterations=2)
+    write_recipe(Path(folder), iterations=3)
     return run_ranks(run_rank, 2, Path(folder))
 
 
@@ -28,6 +28,6 @@ def run_rank(meeting: Meeting, folder: Path) -> None:
 
     program = (sys.executable, str(FAKE))
     run.SGLangServing = partial(SGLangServing, program=program, serialize=lambda: serialize)  # type: ignore[misc,assignment]
-    settings = [f"run.folder={folder / 'run'}", "rollout.engine=sglang", *LAYOUT, *BUCKETS, FAULT]
+    settings = [f"run.folder={folder / 'run'}", "rollout.engine=sglang", *LAYOUT, *BUCKETS, FAULTS]
     meeting.prepare()
     assert loop.train(configuration.load(folder / "config.yaml", settings)) == 0

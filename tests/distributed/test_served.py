@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megatron_rl.errors import EngineError, EngineGoneError
+from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.rollout.engines.sglang_server import without_launch
 from megatron_rl.rollout.engines.sglang_transport import IPC, Receiver
 from megatron_rl.weights.transport import FlatBucket, send
@@ -22,15 +23,24 @@ from tests.distributed.served_ranks import train_served
 from tests.zygote import Zygote
 
 
-def test_two_ranks_train_on_a_server_that_shares_their_gpus(tmp_path: Path, zygote: Zygote) -> None:
+def test_two_ranks_train_on_a_server_that_shares_their_gpus_and_dies_in_delivery_and_generating(
+    tmp_path: Path, zygote: Zygote
+) -> None:
     log = tmp_path / "log"
     assert zygote.run(train_served, tmp_path, log=log) == 0, log.read_text()[-6000:]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
-    assert rows and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in rows)
+    assert len(rows) >= 2 and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in rows)
     assert all(row[f"time/{turn}_s"] > 0 for row in rows for turn in ("release", "onload", "offload", "resume", "publish"))
     told = (tmp_path / "run" / "log" / "sglang-0.log").read_text()
-    assert "AssertionError: killed" in told and told.count("--model-path") == 2, "it died in delivery and was published to again"
+    assert told.count("AssertionError: killed") == 2 and told.count("--model-path") == 3
+    buffer = ReplayBuffer(tmp_path / "run" / "buffer.sqlite", read_only=True)
+    buffer.check()
+    segments = [
+        segment for g in buffer.batch(2) or [] for t in g.trajectories for segment in t.segments if segment.iteration == 2
+    ]
+    buffer.close()
+    assert "iteration 2 is interrupted" in log.read_text() and {segment.weight_version for segment in segments} == {1}
 
 
 class _Ranks:

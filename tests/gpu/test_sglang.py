@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rollout" / "engines"))
 
-from engine_scenarios import collect, prompt, request, run
+from engine_scenarios import collect, joined, prompt, request, run
 from test_engine_protocol import (  # noqa: F401  collected here, with this file's fixtures
     test_a_consumer_that_leaves_takes_its_requests_with_it,
     test_abort_of_everything_ends_waiting_requests_too,
@@ -22,12 +22,14 @@ from test_engine_protocol import (  # noqa: F401  collected here, with this file
 
 from examples.quickstart.make_model import make_model
 from megatron_rl import config as configuration
+from megatron_rl.errors import EngineError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_compat import cuda_ipc_serializer
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, sglang_program
 from megatron_rl.rollout.engines.sglang_transport import IPC
+from megatron_rl.types import Ending
 from tests.resume.recipe import write_recipe
 
 pytestmark = pytest.mark.skipif(
@@ -89,6 +91,25 @@ def opened(server):
         await engine.close()
 
     return open_sglang
+
+
+def test_requests_of_one_call_are_aborted_and_counted_each_for_itself(opened, folder):
+    async def scenario():
+        async with opened(folder) as (engine, _):
+            parts = {i: [] for i in range(8)}
+            async for chunk in engine.generate([request(i, prompt(i, 20 + i), 200 - 10 * i) for i in parts]):
+                parts[chunk.trajectory_id].append(chunk)
+                if chunk.trajectory_id == 3 and len(parts[3]) == 2:
+                    await engine.abort([3])
+            found = {i: joined(chunks) for i, chunks in parts.items()}
+            assert found[3].ending is Ending.ABORT and 0 < len(found[3].token_ids) < 170
+            assert all(f.ending is Ending.LENGTH and len(f.token_ids) == 200 - 10 * i for i, f in found.items() if i != 3)
+            engine._context_tokens = 400  # more than the server has: it refuses one, and so all
+            with pytest.raises(EngineError, match="trajectories 0, 1 .*refused: .*context length"):
+                await collect(engine, [request(0, prompt(0, 20), 20), request(1, prompt(1, 300), 20)])
+            assert len((await collect(engine, [request(0, prompt(0, 20), 20)]))[0].token_ids) == 20
+
+    run(scenario())
 
 
 def test_weights_arrive_by_ipc_between_release_and_resume_and_change_what_is_sampled(opened, folder):

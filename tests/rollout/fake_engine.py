@@ -36,6 +36,7 @@ class FakeEngine:
         self.capabilities = Capabilities(log_probs=True, kv_snapshot=False, memory_release=False, streaming=True)
         self.requests: list[Request] = []  # everything ever asked for
         self.dies_after: int | None = None  # chunks
+        self.dies_with: type[EngineError] = EngineError
         self.hangs_after: int | None = None  # chunks
         self.is_restarting = False
         self._length, self._token, self._chunk = length, token, chunk
@@ -52,7 +53,7 @@ class FakeEngine:
                 await asyncio.sleep(0)
             self._num_chunks += 1
             if self.dies_after is not None and self._num_chunks > self.dies_after:
-                raise EngineError("the process is gone")
+                raise self.dies_with("the process is gone")
             if self.hangs_after is not None and self._num_chunks > self.hangs_after:
                 await asyncio.Event().wait()
             request, start, made = live.pop(self._random.choice(sorted(live)))

@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_engine import STOP, FakeEngine, response_token
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from material import append, config, prompt
 from phases import Scorer, content, endings, rollout, run
 
-from megatron_rl.errors import EngineError, RewardError
+from megatron_rl.errors import EngineError, EngineLostError, RewardError
 from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.rollout.engines.base import Chunk, Request
 from megatron_rl.types import Ending, Outcome, Prompt
@@ -151,6 +152,45 @@ def test_a_dead_engine_is_named_and_its_tokens_are_kept(buffer: ReplayBuffer):
         run(rollout(buffer, engines, config(max_open_groups=2)), 0)
     buffer.check()
     assert buffer.generated_tokens(0) > 0 and len(buffer.open_groups()) == 2
+
+
+def test_a_phase_that_loses_an_engine_keeps_what_all_have_made_and_goes_on_when_it_is_back(buffer: ReplayBuffer):
+    engines = [FakeEngine(lambda t: 20, name=f"fake-{i}") for i in range(2)]
+    engines[1].dies_after, engines[1].dies_with = 5, EngineLostError
+    phase = rollout(buffer, engines, config(max_open_groups=2, groups_per_iteration=2, token_budget=40, max_segments=1))
+    made: list[int] = []
+    phase.on_tokens = lambda tokens, complete: made.append(tokens)
+    with pytest.raises(EngineLostError, match="the process is gone"):
+        run(phase, 0)
+    buffer.check()
+    assert buffer.generated_tokens(0) == made[-1] > 0, "those of the engine that lives, up to its abort, too"
+    engines[1].dies_after = None
+    batch = run(phase, 0)
+    assert [g.id for g in batch] == [0, 1]
+    for trajectory in (t for g in batch for t in g.trajectories):
+        assert trajectory.token_ids.tolist() == [response_token(trajectory.id, p) for p in range(19)] + [STOP]
+    assert {s.engine for t in batch[1].trajectories for s in t.segments} == {"fake-1"}
+
+
+def test_an_engine_lost_when_the_batch_is_there_is_no_reason_to_go_back(buffer: ReplayBuffer):
+    engines = [FakeEngine(lambda t: 20, name=f"fake-{i}") for i in range(2)]
+    engines[1].dies_with = EngineLostError
+    phase = rollout(buffer, engines, config(groups_per_iteration=1, max_open_groups=2, token_budget=40))
+
+    def lose(tokens: int, complete: int) -> None:
+        if complete:
+            engines[1].dies_after = 0
+
+    phase.on_tokens = lose
+    engines[1]._step = lambda request, start, made: (wait_for(request), made)  # type: ignore[method-assign]
+    assert [g.id for g in run(phase, 0)] == [0]
+    buffer.check()
+
+
+def wait_for(request: Request) -> Chunk:
+    """A chunk without tokens: its engine falls behind."""
+    none = np.zeros(0, np.int32)
+    return Chunk(request.trajectory_id, none, np.zeros(0, np.float32), request.weight_version, none, 0, None)
 
 
 def test_a_silent_engine_and_a_late_phase_are_named(buffer: ReplayBuffer):

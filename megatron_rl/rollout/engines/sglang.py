@@ -1,14 +1,15 @@
-"""SGLang behind the `Engine` protocol: token ids in and out over HTTP, one streamed request a trajectory.
+"""SGLang behind the `Engine` protocol: token ids in and out over HTTP, the requests of a `generate` call together.
 
-    generate ---- one task a request (at most `max_concurrent` at the server) ---- POST /generate, server-sent events
-             <--- one queue of chunks, or the first error -----------------------
+    generate ---- its requests (at most `max_concurrent` at the server) ---- POST /generate, server-sent events
+             <--- one queue of chunks, or the first error -----------------
 
 It refuses to load weights while requests run. Stale KV cannot serve a request: the cache is flushed at every publish, and
 `extra_key` holds the weight version. KV outlives a publish (`capabilities.kv_snapshot`) only in a server that we started with
 our plugin: `sglang_kv.py`.
 Sampling noise is the server's; see `sglang_call.seed_of`. A model's own end-of-text token ends a request whether or not
-it is among the request's stop tokens. One request: `sglang_call.py`. How weights travel: `sglang_transport.py`. The server's
-process: `sglang_server.py`; what happens when it dies: `sglang_supervisor.py`.
+it is among the request's stop tokens. One request: `sglang_call.py`; requests on their way together: `sglang_posts.py`. How
+weights travel: `sglang_transport.py`. The server's process: `sglang_server.py`; what happens when it dies:
+`sglang_supervisor.py`.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from megatron_rl.rollout.engines.sglang_check import WeightCheck
 from megatron_rl.rollout.engines.sglang_compat import check_version
 from megatron_rl.rollout.engines.sglang_http import SGLangClient
 from megatron_rl.rollout.engines.sglang_kv import KeepOnServer, ServerKV, fresh
+from megatron_rl.rollout.engines.sglang_posts import Posts
 from megatron_rl.rollout.engines.sglang_transport import Receiver, Transport
-from megatron_rl.types import Ending
 from megatron_rl.weights.transport import send
 
 _ABORT_AGAIN_S = 0.5  # an abort that overtakes its request is lost: it is repeated until the request ends
@@ -59,7 +60,7 @@ class SGLangEngine:
         self._check: WeightCheck | None = None
         self._context_tokens = model.max_positions
         self._id, self._numbers = secrets.token_hex(4), itertools.count()  # of its requests
-        self._slots = asyncio.Semaphore(config.max_concurrent)
+        self._posts = Posts(client, config.max_concurrent)
         self._calls: dict[str, Call] = {}  # request id -> those not ended
         self._insisting: set[asyncio.Task[None]] = set()
         self._released: set[str] = set()
@@ -101,9 +102,8 @@ class SGLangEngine:
         calls = [Call(r, self._id, next(self._numbers), context, interval, origin(r)) for r in requests]
         self._calls |= {call.rid: call for call in calls}
         queue: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()  # holds at most what the requests may generate
-        tasks = [asyncio.create_task(self._run(call, queue)) for call in calls]
-        for task in tasks:
-            task.add_done_callback(partial(_report, queue))
+        running = asyncio.create_task(self._posts.run(calls, partial(self._heard, queue)))
+        running.add_done_callback(partial(_report, queue))
         num_open = len(calls)
         try:
             while num_open:
@@ -113,9 +113,8 @@ class SGLangEngine:
                 num_open -= event.ending is not None
                 yield event
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
             left = [call for call in calls if not call.ended.is_set()]
             for call in calls:
                 self._calls.pop(call.rid, None)
@@ -201,27 +200,14 @@ class SGLangEngine:
             if r.weight_version != self.weight_version:
                 raise EngineError(f"{where} asks for weight version {r.weight_version}, loaded is {self.weight_version}")
 
-    async def _run(self, call: Call, queue: asyncio.Queue[Chunk | BaseException]) -> None:
-        if call.room <= 0:
-            return self._end(call, queue, call.empty(Ending.LENGTH))
-        async with self._slots:
-            if call.is_aborted:
-                return self._end(call, queue, call.empty(Ending.ABORT))
-            call.is_sent = True
-            async for event in self._client.stream("/generate", call.body()):
-                chunk = call.chunk(event)
-                if chunk.ending is not None:
-                    return self._end(call, queue, chunk)
-                if len(chunk.token_ids):
-                    queue.put_nowait(chunk)
-        raise EngineError(f"engine {self.name}: ended its answer for request {call.rid} without an ending; see its log")
-
-    def _end(self, call: Call, queue: asyncio.Queue[Chunk | BaseException], last: Chunk) -> None:
-        self._calls.pop(call.rid, None)
-        call.ended.set()
-        if self._kv and call.num_cached is not None:
-            self._kv.ended(call.request, call.origin, call.num_cached, np.concatenate([np.zeros(0, np.int32), *call.made]))
-        queue.put_nowait(last)
+    def _heard(self, queue: asyncio.Queue[Chunk | BaseException], call: Call, chunk: Chunk) -> None:
+        if chunk.ending is not None:
+            self._calls.pop(call.rid, None)
+            call.ended.set()
+            if self._kv and call.num_cached is not None:
+                made = np.concatenate([np.zeros(0, np.int32), *call.made])
+                self._kv.ended(call.request, call.origin, call.num_cached, made)
+        queue.put_nowait(chunk)
 
     async def _post_aborts(self, calls: Sequence[Call]) -> None:
         sent = [call for call in calls if call.is_sent and not call.ended.is_set()]
@@ -322,7 +308,7 @@ async def load_weights(
 
 
 def _report(queue: asyncio.Queue[Chunk | BaseException], task: asyncio.Task[None]) -> None:
-    """A request's task that failed tells whoever waits for its chunks."""
+    """A task that failed tells whoever waits for its requests' chunks."""
     error = None if task.cancelled() else task.exception()
     if error is not None:
         queue.put_nowait(error)

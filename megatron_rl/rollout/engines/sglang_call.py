@@ -1,14 +1,15 @@
-"""One request at an SGLang server: what is asked, and how its events become chunks.
+"""One request at an SGLang server: what is asked, alone or with others, and how its events become chunks.
 
 Token ids and log-probs are read from `meta_info.output_token_logprobs`, counted by `completion_tokens`; `output_ids` only
 confirms them. The reason: an event may hold all tokens so far or only the new ones (a server setting), several events may
-be merged into one, and a request aborted in the queue repeats its last token. Who sends it: `sglang.py`.
+be merged into one, and a request aborted in the queue repeats its last token. Who sends it: `sglang_posts.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,31 +51,21 @@ class Call:
         if len(request.token_ids) >= context_tokens - PROMPT_MARGIN:
             self.room = 0  # the server would refuse it; there is no room worth a request anyway
 
-    def body(self) -> dict[str, Any]:
-        request, sampling = self.request, self.request.sampling
+    def sampling_params(self) -> dict[str, Any]:
+        sampling = self.request.sampling
         return {
-            "rid": self.rid,
-            "input_ids": request.token_ids.tolist(),
-            "stream": True,
-            "return_logprob": True,
-            "logprob_start_len": -1,  # a value of 0 or more would keep the prompt from being found in the cache
-            "extra_key": self.origin.cache_key,
-            "sampling_params": {
-                "max_new_tokens": self.room,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k or -1,
-                "min_p": sampling.min_p,
-                "stop_token_ids": list(sampling.stop_token_ids),
-                "sampling_seed": seed_of(sampling.seed, request.trajectory_id),
-                "stream_interval": self._interval,
-            },
+            "max_new_tokens": self.room,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": sampling.min_p,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "sampling_seed": seed_of(sampling.seed, self.request.trajectory_id),
+            "stream_interval": self._interval,
         }
 
     def chunk(self, event: dict[str, Any]) -> Chunk:
-        """The new tokens of an event. Raises EngineError for a refusal, a wrong weight version or a broken count."""
-        if "error" in event:
-            raise EngineError(f"{self._who}: refused: {event['error'].get('message', event['error'])}")
+        """The new tokens of an event. Raises EngineError for a request given up, a wrong weight version or a broken count."""
         meta = event["meta_info"]
         reason = meta.get("finish_reason")
         ending = _ENDINGS.get(reason["type"]) if reason else None
@@ -85,11 +76,10 @@ class Call:
             raise EngineError(f"{self._who}: answered under weight version {version}, asked was {self.request.weight_version}")
         if self.num_cached is None and meta.get("cached_tokens") is not None:
             self.num_cached = int(meta["cached_tokens"])
-        entries = self._new_entries(event, meta)
-        tokens = np.array([entry[1] for entry in entries], np.int32)
-        log_probs = np.array([entry[0] for entry in entries], np.float32)
+        ids, log_probs = self._new_tokens(event, meta)
+        tokens = np.array(ids, np.int32)
         self.made.append(tokens)
-        return self._chunk(tokens, log_probs, ending)
+        return self._chunk(tokens, np.array(log_probs, np.float32), ending)
 
     def empty(self, ending: Ending) -> Chunk:
         """The last chunk of a request that needs no server."""
@@ -99,24 +89,38 @@ class Call:
     def _who(self) -> str:
         return f"trajectory {self.request.trajectory_id} (request {self.rid})"
 
-    def _new_entries(self, event: dict[str, Any], meta: dict[str, Any]) -> list[Any]:
+    def _new_tokens(self, event: dict[str, Any], meta: dict[str, Any]) -> tuple[list[int], list[float]]:
         total, known = int(meta["completion_tokens"]), self.num_received
         entries = meta.get("output_token_logprobs") or []
         entries = entries[known:total] if len(entries) >= total else entries[len(entries) - (total - known) :]
-        named = event.get("output_ids") or []
-        if len(entries) != total - known or (len(named) == len(entries) and named != [entry[1] for entry in entries]):
+        ids, named = [entry[1] for entry in entries], event.get("output_ids") or []
+        if len(ids) != total - known or (len(named) == len(ids) and named != ids):
             raise EngineError(
-                f"{self._who}: {known} tokens received, {total} said to be made, {len(entries)} new ones sent with their "
+                f"{self._who}: {known} tokens received, {total} said to be made, {len(ids)} new ones sent with their "
                 "log-probs, or not the ones named; this version of the server streams in another way"
             )
         self.num_received = total
-        return entries
+        return ids, [entry[0] for entry in entries]
 
     def _chunk(self, tokens: np.ndarray, log_probs: np.ndarray, ending: Ending | None) -> Chunk:
         version, cached = self.request.weight_version, self.num_cached or 0
-        oldest = int(self.origin.versions[:cached].min(initial=version))  # `extra_key` keeps pages of other versions away
+        inherited = self.origin.versions[:cached]  # `extra_key` keeps pages of other versions away
+        oldest = int(inherited.min(initial=version)) if len(inherited) else version
         kv_versions = np.full(len(tokens), oldest, np.int32)
         return Chunk(self.request.trajectory_id, tokens, log_probs, version, kv_versions, cached, ending)
+
+
+def body(calls: Sequence[Call]) -> dict[str, Any]:
+    """One POST /generate for all of them. Their events carry `meta_info.id`."""
+    return {
+        "rid": [call.rid for call in calls],
+        "input_ids": [call.request.token_ids.tolist() for call in calls],
+        "stream": True,
+        "return_logprob": True,
+        "logprob_start_len": -1,  # a value of 0 or more would keep the prompt from being found in the cache
+        "extra_key": [call.origin.cache_key for call in calls],
+        "sampling_params": [call.sampling_params() for call in calls],
+    }
 
 
 def seed_of(seed: int, trajectory_id: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +19,22 @@ from megatron_rl.errors import EngineError, EngineGoneError
 
 _DETAIL = 500  # characters of a server's own words that an error quotes
 _IDLE_S = 2.0  # an idle connection is not used again after this: the server ends its side after 5 s, unasked
-_LINE_BYTES = 1 << 24  # of one event: a server may repeat all tokens so far in each
+
+
+class EventReader:
+    """Server-sent events out of the pieces in which they come."""
+
+    def __init__(self) -> None:
+        self.is_done = False  # all events are there
+        self._cut = b""  # a line whose end has not come; that of a dying server never does
+
+    def feed(self, piece: bytes) -> list[Any]:
+        *lines, self._cut = (self._cut + piece).split(b"\n")
+        found = [line[6:] for line in lines if line.startswith(b"data: ")]
+        if found[-1:] == [b"[DONE]"]:
+            self.is_done = True
+            found.pop()
+        return [json.loads(text) for text in found]
 
 
 class SGLangClient:
@@ -31,7 +46,6 @@ class SGLangClient:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=silence_s, sock_read=silence_s),
-            read_bufsize=_LINE_BYTES,
         )
 
     async def get(self, path: str, timeout_s: float | None = None) -> Any:
@@ -54,18 +68,19 @@ class SGLangClient:
         finally:
             connection.close()
 
-    async def stream(self, path: str, body: Any) -> AsyncIterator[Any]:
-        """The server-sent events of one POST, until its `[DONE]`."""
+    async def stream(self, path: str, body: Any) -> AsyncGenerator[list[Any], None]:
+        """The server-sent events of one POST, until its `[DONE]`; together those that came together."""
         self._check_open(path)
         try:
             async with self._session.post(self.url + path, json=body) as response:
                 if response.status >= 400:
                     self._answer(path, response.status, await response.read())
-                async for line in response.content:
-                    if line.startswith(b"data: [DONE]"):
+                reader = EventReader()
+                async for piece in response.content.iter_any():
+                    if events := reader.feed(piece):
+                        yield events
+                    if reader.is_done:
                         return
-                    if line.startswith(b"data: ") and line.endswith(b"\n"):  # the last of a dying server may be cut off
-                        yield json.loads(line[6:])
         except (aiohttp.ClientError, OSError) as e:
             raise self._gone(path, e) from e
         raise EngineGoneError(f"engine {self.name} at {self.url}: ended its answer to {path} before its [DONE]; see its log")
@@ -101,12 +116,16 @@ class SGLangClient:
         if self._session.closed:
             raise EngineGoneError(f"engine {self.name} at {self.url}: closed before {path}")
 
+    def silent(self, path: str) -> EngineGoneError:
+        """What a missed `silence_s` means."""
+        return EngineGoneError(
+            f"engine {self.name} at {self.url}: no answer to {path} for {self.silence_s:g} s (rollout.request_timeout_s); "
+            "see its log, or raise the setting"
+        )
+
     def _gone(self, path: str, error: Exception) -> EngineGoneError:
         if isinstance(error, TimeoutError):
-            return EngineGoneError(
-                f"engine {self.name} at {self.url}: no answer to {path} for {self.silence_s:g} s (rollout.request_timeout_s); "
-                "see its log, or raise the setting"
-            )
+            return self.silent(path)
         return EngineGoneError(
             f"engine {self.name} at {self.url}: the connection for {path} failed ({type(error).__name__}: {error}); "
             "see its log, and whether it still runs"

@@ -9,10 +9,11 @@
     release_memory, resume_memory, a publish -> the server is gone -> `lose`: its processes and their memory are no more
              -> `revive`, while the trainer is off the GPU: started again, without weights -> published to
 
-No chunk is yielded twice and no token is lost. It gives up, with the log's last lines, after `rollout.sglang.max_restarts`; at
-once where the server refuses (another version, arguments it does not know); and where the weights cannot be had: only a trainer
-of one rank can export them in the middle of a rollout phase. Then the run ends and the same command continues it. Who calls what
-when: `serving_sglang.py`. The server itself: `sglang_server.py`.
+No chunk is yielded twice and no token is lost. Only a trainer of one rank can export its weights in the middle of a rollout
+phase: with several, requests of a server that is gone end in EngineLostError, for whoever can gather the ranks to `revive` it
+and publish. It gives up, with the log's last lines, after `rollout.sglang.max_restarts`, and at once where the server refuses
+(another version, arguments it does not know). Then the run ends and the same command continues it. Who calls what when:
+`serving_sglang.py`. The server itself: `sglang_server.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
-from megatron_rl.errors import EngineError, EngineGoneError
+from megatron_rl.errors import EngineError, EngineGoneError, EngineLostError
 from megatron_rl.rollout.engines.base import Capabilities, Chunk, KVSnapshot, KVUsage, Request
 from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_server import ServerProcess
@@ -190,9 +191,16 @@ class SupervisedEngine:
 
     async def _mend(self, broken: SGLangEngine, reason: EngineError, *, reload: bool = True) -> None:
         """A server at work under the current version, unless another caller has seen to it already. reload False: without
-        weights, which a publish brings next."""
+        weights, which a publish brings next.
+
+        Raises EngineLostError where only a publish can bring them."""
         async with self._mending:
             while self._engine is broken:
+                if reload and self._export is None and self.weight_version > 0:
+                    end = await self._end(reason)
+                    if self._lost is None:
+                        await self.lose(reason)
+                    raise EngineLostError(f"engine {self.name}: gone, and its weights are with all ranks: {end}")
                 try:
                     await self._start_again(broken, self._lost or reason, reload=reload)
                 except EngineGoneError as e:  # it counts as a death
@@ -200,16 +208,7 @@ class SupervisedEngine:
 
     async def _start_again(self, broken: SGLangEngine, reason: EngineError, *, reload: bool) -> None:
         """Raises EngineGoneError where another try may help."""
-        end = f"{reason}\nthe server {await self._server.epitaph()}"
-        if self.num_restarts >= self._max_restarts:
-            raise EngineError(
-                f"engine {self.name}: gone, after {self.num_restarts} restarts (rollout.sglang.max_restarts): {end}"
-            )
-        if reload and self._export is None and self.weight_version > 0:
-            raise EngineError(
-                f"engine {self.name}: gone, and its weights cannot be exported again while other ranks wait; "
-                f"start the same command again, nothing is lost: {end}"
-            )
+        end = await self._end(reason)
         self.num_restarts += 1
         log.warning("engine %s is started again (%d of %d): %s", self.name, self.num_restarts, self._max_restarts, end)
         await self._server.stop()
@@ -227,6 +226,15 @@ class SupervisedEngine:
             raise
         self._past_usage = await self.kv_usage()
         self._engine, self._lost = fresh, None
+
+    async def _end(self, reason: EngineError) -> str:
+        """What is known of it. Raises EngineError where it was the last one."""
+        end = f"{reason}\nthe server {await self._server.epitaph()}"
+        if self.num_restarts >= self._max_restarts:
+            raise EngineError(
+                f"engine {self.name}: gone, after {self.num_restarts} restarts (rollout.sglang.max_restarts): {end}"
+            )
+        return end
 
     async def _reload(self, fresh: SGLangEngine) -> None:
         if self._export is None:

@@ -1,13 +1,15 @@
 """SGLang 0.5.15 as its HTTP clients see it, on a CPU; its tokens come from our embedded engine.
 
-What is like the original, because it bites: aborts match the beginning of a request id and are lost for an id not yet known;
+What is like the original, because it bites: a POST of many requests, whose events share a stream, is refused as a whole where one
+is; aborts match the beginning of a request id and are lost for an id not yet known;
 a prefix cache by `extra_key` that only a flush empties (`fake_radix.py`, open to a plugin); flushes refused while requests run;
 log-probs of all tokens so far in every event (`log_probs="all"`, its way without a tokenizer) or of the new ones; a request
 aborted before its first token answers in another form; releasing while busy and resuming what is not released kill the server;
 a prompt has to stay 6 tokens below the context, prompt and response together 2; an update through a group it is not in kills it.
 Groups are gloo's, whatever backend is asked for, and what is broadcast to it is received.
-As a program it loads plugins, takes SGLang's arguments and, after `--fake-fault`, a fault: `oom`, `hang`, `delivery` to die
-in its second update of weights, or a number of events to die after.
+As a program it loads plugins, takes SGLang's arguments and, after `--fake-fault`, faults of its starts, one after the other, with
+commas: `oom`, `hang`, `delivery` to die in its second update of weights, `generating` to die under weight version 1, or a number
+of events to die after.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import torch.distributed as dist
 
 from megatron_rl.config import EmbeddedConfig
 from megatron_rl.model_config import ModelConfig
-from megatron_rl.rollout.engines.base import Request, Sampling
+from megatron_rl.rollout.engines.base import Chunk, Request, Sampling
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.weights.transport import FlatBucket
@@ -37,6 +39,7 @@ from megatron_rl.weights.transport import FlatBucket
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_http import FakeHTTPServer
 from fake_radix import Scheduler, load_plugins
+from fake_requests import Answer, each
 
 
 def serialize(bucket: FlatBucket) -> str:
@@ -71,10 +74,13 @@ class FakeSGLang:
         self.weight_version = "default"
         self.gpus = [0]  # of its tensor-parallel ranks
         self.released: set[str] = set()
-        self.requests: list[dict[str, Any]] = []  # bodies of all that was asked
+        self.requests: list[dict[str, Any]] = []  # all that was asked, one by one
+        self.num_posts = 0  # by which it was asked
         self.kv_weights: list[list[int]] = []  # of each, numbers of the weights that its cached tokens were computed with
         self.ignored_tensors: set[str] = set()  # a fault: updates of these are lost
+        self.says_nothing_of: set[int] = set()  # a fault: indices in a POST
         self.dies_after: int | None = None  # events
+        self.counts_under: str | None = None  # weight version of the events that count; None: all
         self.dies_in_update: int | None = None  # its number; before anything of it is taken
         self._num_updates = 0
         self.loses_aborts = 0  # a fault: so many aborts are lost
@@ -128,43 +134,71 @@ class FakeSGLang:
     # --- generation --------------------------------------------------------------------------------------------------
 
     async def _generate(self, body: dict[str, Any]) -> AsyncIterator[Any]:
-        self.requests.append(body)
-        ids, rid, params, limit = body["input_ids"], body["rid"], body["sampling_params"], self._model.max_positions
-        if len(ids) + params["max_new_tokens"] > limit or len(ids) >= limit - 6:
-            yield {"error": {"message": f"{len(ids)} tokens exceed the context length {limit}", "code": 400}}
+        """One stream of the events of all requests; what it refuses of one it refuses of all, before any of them runs."""
+        self.num_posts += 1
+        try:
+            asked = each(body)
+            for one in asked:
+                self._validate(one)
+        except ValueError as e:
+            yield {"error": {"message": str(e), "type": "invalid_request_error", "code": 400, "retryable": False}}
             return
-        if rid in self._running:
-            yield {"error": {"message": f"Duplicate request ID detected: {rid}", "code": 400}}
-            return
+        self.requests += asked
         if self.released:
             raise self.die("CUDA error: an illegal memory access was encountered")
         await self._load()
-        self.kv_weights.append(self.scheduler.weights_of(body["extra_key"], ids[:-1]))  # the last token is always computed
-        cached = len(self.kv_weights[-1])
-        request = self._request(body, min(params["max_new_tokens"], limit - 2 - len(ids)))
-        self._running[rid] = request.trajectory_id
-        made: list[list[Any]] = []  # [log-prob, token, None]
-        sent = 0
+        answers = {answer.request.trajectory_id: answer for answer in map(self._admit, asked)}
         try:
-            async for chunk in self._engine.generate([request]):
-                pairs = zip(chunk.log_probs.tolist(), chunk.token_ids.tolist(), strict=True)
-                made += [[log_prob, token, None] for log_prob, token in pairs]
-                if chunk.ending is None and sent > 0 and len(made) - sent < params["stream_interval"]:
-                    continue
-                reason = {"type": str(chunk.ending), "message": "Aborted"} if chunk.ending else None
-                if reason and reason["type"] == "abort" and not made:
-                    yield {"output_ids": [], "text": "", "meta_info": self._waiting_meta(rid, reason)}
-                    return
-                meta = {"id": rid, "finish_reason": reason, "prompt_tokens": len(ids), "completion_tokens": len(made)}
-                meta |= {"weight_version": self.weight_version, "cached_tokens": cached}
-                meta["output_token_logprobs"] = made if self.log_probs == "all" else made[sent:]
-                event = {"output_ids": [entry[1] for entry in made[sent:]], "meta_info": meta}
-                sent = len(made)
-                self._count_event()
-                yield event
+            async for chunk in self._engine.generate([answer.request for answer in answers.values()]):
+                event = self._event(answers[chunk.trajectory_id], chunk)
+                if event is not None:
+                    yield event
         finally:
-            self._running.pop(rid, None)
-            self.scheduler.compute(body["extra_key"], [*ids, *(entry[1] for entry in made)][:-1], self._load_number)
+            for answer in answers.values():
+                self._end(answer)
+
+    def _validate(self, one: dict[str, Any]) -> None:
+        ids, limit = one["input_ids"], self._model.max_positions
+        if len(ids) + one["sampling_params"]["max_new_tokens"] > limit or len(ids) >= limit - 6:
+            raise ValueError(f"The input ({len(ids)} tokens) is longer than the model's context length ({limit} tokens).")
+        if one["rid"] in self._running:
+            raise ValueError(f"Duplicate request ID detected: {one['rid']}")
+
+    def _admit(self, one: dict[str, Any]) -> Answer:
+        ids = one["input_ids"]
+        self.kv_weights.append(self.scheduler.weights_of(one["extra_key"], ids[:-1]))  # the last token is always computed
+        request = self._request(one, min(one["sampling_params"]["max_new_tokens"], self._model.max_positions - 2 - len(ids)))
+        self._running[one["rid"]] = request.trajectory_id
+        return Answer(one, request, num_cached=len(self.kv_weights[-1]))
+
+    def _event(self, answer: Answer, chunk: Chunk) -> dict[str, Any] | None:
+        """What is said of new tokens, at once or with later ones."""
+        made, one = answer.made, answer.one
+        pairs = zip(chunk.log_probs.tolist(), chunk.token_ids.tolist(), strict=True)
+        made += [[log_prob, token, None] for log_prob, token in pairs]
+        num_new = len(made) - answer.num_sent
+        if chunk.ending is None and answer.num_sent > 0 and num_new < one["sampling_params"]["stream_interval"]:
+            return None
+        reason = {"type": str(chunk.ending), "message": "Aborted"} if chunk.ending else None
+        meta = {"id": one["rid"], "finish_reason": reason, "weight_version": self.weight_version, "completion_tokens": len(made)}
+        new = made[answer.num_sent :]
+        event = {"output_ids": [entry[1] for entry in new], "meta_info": meta, "index": one["index"]}
+        if reason and reason["type"] == "abort" and not made:
+            event["text"] = ""
+        else:
+            meta |= {"prompt_tokens": len(one["input_ids"]), "cached_tokens": answer.num_cached}
+            meta["output_token_logprobs"] = list(made) if self.log_probs == "all" else new
+            self._count_event()
+        answer.num_sent = len(made)
+        if chunk.ending is not None:
+            self._end(answer)
+        return None if one["index"] in self.says_nothing_of else event
+
+    def _end(self, answer: Answer) -> None:
+        """What was computed for it stays in the cache."""
+        if self._running.pop(answer.one["rid"], None) is not None:
+            tokens = [*answer.one["input_ids"], *(entry[1] for entry in answer.made)]
+            self.scheduler.compute(answer.one["extra_key"], tokens[:-1], self._load_number)
 
     def _request(self, body: dict[str, Any], max_new_tokens: int) -> Request:
         p = body["sampling_params"]
@@ -174,11 +208,8 @@ class FakeSGLang:
         ids = np.array(body["input_ids"], np.int32)
         return Request(number, ids, max_new_tokens, sampling, self._engine.weight_version, body["extra_key"])
 
-    def _waiting_meta(self, rid: str, reason: dict[str, Any]) -> dict[str, Any]:
-        return {"id": rid, "finish_reason": reason, "weight_version": self.weight_version, "completion_tokens": 0}
-
     def _count_event(self) -> None:
-        self._num_events += 1
+        self._num_events += self.counts_under in (None, self.weight_version)
         if self.dies_after is not None and self._num_events > self.dies_after:
             raise self.die("killed")
 
@@ -321,17 +352,20 @@ def _views(payload: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
 
 async def main(arguments: list[str]) -> None:
     values = dict(zip(arguments, arguments[1:], strict=False))
-    fault = values.get("--fake-fault", "")
+    died = Path(values["--model-path"]) / "died"  # once for each byte
+    faults, num_deaths = values.get("--fake-fault", "").split(","), died.stat().st_size if died.exists() else 0
+    fault = faults[num_deaths] if num_deaths < len(faults) else ""
     if fault == "oom":
         sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.")
     if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
         sys.exit("torch.distributed.DistNetworkError: the server's ranks wait for the store of another launch")
     server = FakeSGLang(Path(values["--model-path"]))
     server.gpus = [int(values["--base-gpu-id"]) + rank for rank in range(int(values["--tp-size"]))]
-    marker = server.folder / "died"  # it dies once
-    if (fault.isdigit() or fault == "delivery") and not marker.exists():
-        marker.touch()
-        server.dies_after = int(fault) if fault.isdigit() else None
+    if fault.isdigit() or fault in ("delivery", "generating"):
+        with died.open("ab") as file:
+            file.write(b"x")
+        server.dies_after = int(fault) if fault.isdigit() else 3 if fault == "generating" else None
+        server.counts_under = "1" if fault == "generating" else None
         server.dies_in_update = 2 if fault == "delivery" else None
     server.on_death = lambda: os._exit(3)
     if hooks := {target.rsplit(".", 1)[1]: hook for target, hook in load_plugins().items()}:

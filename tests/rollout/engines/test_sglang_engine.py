@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,9 +16,12 @@ from sglang_scenarios import connect, fake_server
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import EngineError, EngineGoneError
+from megatron_rl.rollout.engines import sglang_posts
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.sglang import load_weights
 from megatron_rl.rollout.engines.sglang_call import Call
+from megatron_rl.rollout.engines.sglang_http import EventReader
+from megatron_rl.rollout.engines.sglang_posts import _named
 from megatron_rl.types import Ending
 
 
@@ -73,13 +78,38 @@ def test_tokens_are_read_once_and_in_order_whatever_the_form_of_the_events(token
         (event([5], 2, listed=[5]), "0 tokens received, 2 said to be made, 1 new ones sent"),
         (event([6], 1, listed=[5]), "or not the ones named"),
         (event([5], 1, listed=[5], ending="abort"), "the server gave it up"),
-        ({"error": {"message": "the prompt is too long"}}, "refused: the prompt is too long"),
     ],
 )
 def test_an_answer_that_cannot_be_right_is_an_error_that_names_the_request(bad, message):
     call = Call(request(7, [1, 2], 50, weight_version=3), "client-0", 4, 256, 1)
     with pytest.raises(EngineError, match=f"trajectory 7 .request 000000000007-client-0-0000000004.: .*{message}"):
         call.chunk(bad)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cuts=st.sets(st.integers(1, 90)), end=st.integers(0, 90))
+def test_events_are_read_whole_however_their_bytes_come(cuts, end):
+    events = [{"n": 1}, {"text": "data: [DONE]"}, {"n": [2, 3]}]
+    lines = [b"data: %s\n" % text for text in [*(json.dumps(e).encode() for e in events), b"[DONE]"]]
+    data = b"\n".join([*lines, b""])
+    reader, found = EventReader(), []
+    for start, stop in pairwise([0, *sorted(c for c in cuts if c < end), end]):
+        found += reader.feed(data[start:stop])
+    *whole, done = (end >= data.index(line) + len(line) for line in lines)
+    assert found == events[: sum(whole)] and reader.is_done == done
+
+
+@pytest.mark.parametrize(
+    "event, message",
+    [
+        ({"error": {"message": "too long"}}, "trajectories 7, 8 .request 000000000007-client-0-0000000004.: refused: too long"),
+        ({"meta_info": {"id": "000000000009-client-0-0000000004"}}, "an answer to what was not asked, or has ended"),
+    ],
+)
+def test_an_event_of_all_or_of_nobody_is_an_error(event, message):
+    calls = [Call(request(i, [1, 2], 50, weight_version=3), "client-0", i - 3, 256, 1) for i in (7, 8)]
+    with pytest.raises(EngineError, match=message):
+        _named(event, {call.rid: call for call in calls})
 
 
 def test_an_answer_under_other_weights_is_an_error(folder):
@@ -149,6 +179,38 @@ def test_requests_beyond_the_bound_wait_here_and_can_be_aborted_there(folder):
 
     most, endings = served(folder, scenario, max_concurrent=2)
     assert most <= 2 and {endings[i] for i in (4, 5)} == {Ending.ABORT} and endings[0] is Ending.LENGTH
+
+
+def test_requests_go_together_as_far_as_a_post_holds_and_are_refused_together(folder, monkeypatch):
+    async def scenario(s):
+        requests = [request(i, prompt(i, 8), 5) for i in range(7)]
+        num_posts = []
+        for most, num_tokens in ((256, 1000), (3, 1000), (256, 17), (256, 1)):
+            monkeypatch.setattr(sglang_posts, "_MAX_REQUESTS", most)
+            monkeypatch.setattr(sglang_posts, "_MAX_TOKENS", num_tokens)
+            before = s.fake.num_posts
+            found = await collect(s.engine, requests)
+            assert [len(found[i].token_ids) for i in range(7)] == [5] * 7
+            num_posts.append(s.fake.num_posts - before)
+        monkeypatch.setattr(sglang_posts, "_MAX_TOKENS", 1000)
+        s.engine._context_tokens = 400  # more than the server has
+        with pytest.raises(EngineError, match=r"trajectories 0, 1, 2, 3, 4, 5, 6, 7 .* refused: The input \(300 tokens\)"):
+            await collect(s.engine, [*requests, request(7, prompt(7, 300), 5)])
+        assert not s.fake._running, "none of them runs"
+        assert len(await collect(s.engine, requests)) == 7, "their places are free again"
+        return num_posts
+
+    assert served(folder, scenario, max_concurrent=8) == [1, 3, 4, 7]
+
+
+def test_a_silent_request_beside_others_that_are_answered_is_missed_by_its_own_deadline(folder):
+    async def scenario(s):
+        s.fake._engine._runner.step = slowed(s.fake._engine._runner.step, 0.02)
+        with pytest.raises(EngineGoneError, match=r"no answer to /generate for 0\.3 s \(rollout\.request_timeout_s\)"):
+            await collect(s.engine, [request(i, prompt(i, 9), 200) for i in range(3)])
+        return s.fake._num_events
+
+    assert served(folder, scenario, before=lambda fake: fake.says_nothing_of.add(1), silence_s=0.3) < 3 * 50
 
 
 def test_what_is_asked_of_the_server(folder):

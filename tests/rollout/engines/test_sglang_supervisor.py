@@ -20,7 +20,7 @@ from fake_process import FakeProcess
 from sglang_scenarios import connect, fake_server
 
 from megatron_rl.config import KVStoreConfig, SGLangConfig
-from megatron_rl.errors import EngineError, EngineGoneError
+from megatron_rl.errors import EngineError, EngineGoneError, EngineLostError
 from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.rollout.engines.sglang_kv import KeepOnServer
 from megatron_rl.rollout.engines.sglang_server import ServerProcess, _is_group_alive, arguments, choose_port
@@ -273,15 +273,25 @@ def test_a_server_that_keeps_dying_is_given_up_with_its_log(folder, tmp_path):
         run(scenario())
 
 
-def test_newer_weights_that_other_ranks_would_have_to_export_end_the_run_with_advice(folder, tmp_path):
+def test_a_server_with_newer_weights_that_other_ranks_must_export_is_lost_until_it_is_published_to(folder):
     async def scenario():
-        async with supervised(folder, tmp_path / "run") as engine:
+        async with quickly_supervised(folder, [fine, fine]) as (engine, server):
             await engine.load_weights(changed(folder), 1)
-            os.kill(engine._server.pid, signal.SIGKILL)
-            await collect(engine, [request(0, prompt(0, 9), 60, weight_version=1)])
+            server.kill()
+            calls = [collect(engine, [request(i, prompt(i, 9), 5, weight_version=1)]) for i in range(2)]
+            found = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(e) for e in found] == [EngineLostError] * 2 and engine.is_lost and server.num_starts == 1
+            await engine.revive()
+            await engine.load_weights(changed(folder), 1)
+            again = await collect(engine, [request(0, prompt(0, 9), 5, weight_version=1)])
+            engine._max_restarts = engine.num_restarts
+            server.kill()
+            with pytest.raises(EngineError, match="gone, after 1 restarts") as refusal:
+                await collect(engine, [request(0, prompt(0, 9), 5, weight_version=1)])
+            assert type(refusal.value) is EngineError, "no rank is asked in vain"
+            return len(again[0].token_ids), server.num_starts
 
-    with pytest.raises(EngineError, match=r"start the same command again, nothing is lost"):
-        run(scenario())
+    assert run(scenario()) == (5, 2)
 
 
 def test_kv_dies_with_its_server_and_the_next_one_keeps_it_again(folder, tmp_path):
