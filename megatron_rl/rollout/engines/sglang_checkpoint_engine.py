@@ -20,6 +20,7 @@ import asyncio
 import os
 import pickle
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from contextlib import contextmanager, nullcontext, suppress
@@ -40,8 +41,8 @@ Ask = Callable[[Paths], None]
 
 
 class ParameterServer(Protocol):
-    """One rank's, of the package. `gather_metas` and `update` are collective, and any call may raise a RuntimeError or an
-    AssertionError."""
+    """One rank's, of the package. `gather_metas` and `update` are collective, and calls may raise a RuntimeError, an
+    AssertionError or an OSError."""
 
     def register_checkpoint(
         self, checkpoint_name: str, *, named_tensors: dict[str, torch.Tensor], use_shared_memory_pool: bool
@@ -173,7 +174,7 @@ class CheckpointEngine:
             try:
                 self._server.gather_metas(_NAME)
                 self._server.update(_NAME, self._ask)
-            except (RuntimeError, AssertionError) as e:
+            except (RuntimeError, AssertionError, OSError) as e:
                 return f"{type(e).__name__}: {e}"
         return None
 
@@ -224,11 +225,13 @@ def connect(rank: int, num_ranks: int, host: str, gather_all: GatherAll, timeout
     Raises ConfigError where the package is not installed."""
     try:
         from checkpoint_engine.ps import ParameterServer as PackagedServer
+        from loguru import logger
     except ImportError as e:
         raise ConfigError(
             f"rollout.sglang.checkpoint_engine=true: the trainer cannot import checkpoint-engine ({e}); install it here and "
             f"where the servers run: pip install checkpoint-engine=={VERSION}, or leave the setting false"
         ) from e
+    logger.configure(handlers=[{"sink": sys.stderr, "level": "ERROR"}])  # without its lines for every bucket
     port = gather_all(_free_port() if rank == 0 else 0)[0]
     with _rank_in_environment(rank):
         server = PackagedServer(
