@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ class Told:
 
     def write(self) -> None:
         (self.folder / "failed.json").write_text(json.dumps(self.failures), encoding="utf-8")
-        packages = ["torch", "aiohttp"] if self.small else ["torch", "sglang", "megatron-core", "checkpoint-engine"]
+        packages = ["torch", "aiohttp"] if self.small else ["torch", "sglang", "megatron-core"]
+        packages += ["checkpoint-engine"] if find_spec("checkpoint_engine") else []
         where = {"ceilings": self.ceilings, "device": self.device, "folder": self.out}
         if self.rows:
             write_result(NAME, self.rows, packages=packages, curves=self.curves, **where)
@@ -235,7 +237,7 @@ async def on_shared_gpus(trainer: Trainer, client: SGLangClient, told: Told, clo
             taken["checkpoint-engine"].append(found)
             taken["IPC"].append(await trainer.publish("IPC"))
     steps = calls_of(trainer, len(taken["checkpoint-engine"]))
-    told.curves = {f"{way}, s": samples for way, samples in (*taken.items(), *steps.items())}
+    told.curves = {f"{n}, s": [round(s, 5) for s in samples] for n, samples in (*taken.items(), *steps.items())}
     for name, samples in steps.items():
         clock.tell(f"{PACKAGE}, rank 0's {name}: {statistics.median(samples):.3f} s of its publish, median")
     told.add(SHARED, taken["IPC"], taken["checkpoint-engine"], f"{PACKAGE}, from Megatron's weights")

@@ -201,7 +201,8 @@ def check_world(c: Config, world_size: int) -> None:
     if c.rollout.embedded.ranks and c.rollout.embedded.ranks > world_size:
         raise ConfigError(f"rollout.embedded.ranks={c.rollout.embedded.ranks}: there are only {world_size} ranks")
     s = c.rollout.sglang
-    if s.checkpoint_engine and not s.urls and (num_gpus := s.engines * s.tensor_parallel) > world_size:
+    is_placed = c.rollout.engine == "sglang" and s.checkpoint_engine and not s.urls
+    if is_placed and (num_gpus := s.engines * s.tensor_parallel) > world_size:
         raise ConfigError(
             f"rollout.sglang.engines={s.engines} of tensor_parallel={s.tensor_parallel}: with checkpoint_engine=true each of "
             f"their {num_gpus} GPUs needs a trainer's rank, and there are {world_size}; lower one of them, or start more ranks"
