@@ -155,6 +155,23 @@ def rate_row(
     )
 
 
+def seconds_row(case: str, ours: list[float], theirs: list[float] | None, *, peer: str | None, limit: float) -> Row:
+    """Medians of seconds; less is better. peer: what `theirs` are, or why there are none."""
+    own, other = statistics.median(ours), statistics.median(theirs) if theirs else None
+    spread = {"ours": ours, **({"peer": theirs} if theirs else {})}
+    return Row(
+        case=case,
+        unit="s",
+        ours=round(own, 4),
+        peer=None if other is None else round(other, 4),
+        peer_name=peer,
+        limit=round(limit, 4),
+        ratio_to_peer=None if other is None else round(other / own, 3),
+        ratio_to_limit=round(limit / own, 3),
+        spread={side: tuple(round(s, 4) for s in percentiles(samples)) for side, samples in spread.items()},
+    )
+
+
 def show(rows: list[Row]) -> None:
     for row in rows:
         limit = "" if row.ratio_to_limit is None else f", {row.ratio_to_limit} of limit {row.limit}"

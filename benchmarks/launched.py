@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from gpu_timing import Clock
@@ -36,16 +36,21 @@ def ended_ranks(script: str, folder: Path, counts: Iterable[int], clock: Clock, 
 
 
 class Job:
-    """One process in a group of its own, with the checkout on its path. What it prints is in `log`."""
+    """One process in a group of its own, with the checkout on its path. What it prints is in `log`, or printed."""
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
-        self.log = log
+    def __init__(self, command: Sequence[str], log: Path | None) -> None:
+        self._log = log
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-        with log.open("wb") as out:
+        with log.open("wb") if log else nullcontext() as out:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
+
+    @property
+    def log(self) -> Path:
+        assert self._log is not None, "what it prints is not kept"
+        return self._log
 
     def wait(self, seconds: float) -> int | None:
         """Its exit code; None where it had to be ended."""

@@ -31,6 +31,7 @@ from megatron_rl.training.model import PolicyModel
 from megatron_rl.weights.handles import Serialize
 
 T = TypeVar("T")
+Side = Callable[[], Awaitable[None]]
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "examples" / "smollm2_gpu" / "config.yaml"
@@ -155,6 +156,19 @@ def megatron_of_one(config: Config) -> Iterator[None]:
         yield
     finally:
         parallel.shutdown()
+
+
+async def seconds(side: Side, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    await side()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def target_seconds(num_bytes: int) -> float:
+    """Of a publish of so many bytes: 0.5 s for 16 GB."""
+    return 0.5 / 16e9 * num_bytes
 
 
 async def attempt(what: str, call: Awaitable[T], failures: dict[str, str]) -> T | None:

@@ -10,29 +10,43 @@ row is its target, 0.5 s for 16 GB, scaled by size; for memory, two buckets. Whe
 
     python benchmarks/weight_publish.py [--out DIR] [--layers 36] [--seconds 120]     # one GPU, 45 GB of its memory
     python benchmarks/weight_publish.py --transport distributed [...]                 # two GPUs; writes weight_broadcast.json
+    python benchmarks/weight_publish.py --transport checkpoint-engine --seconds 240 [...]   # two: publish_side_by_side.py
     python benchmarks/weight_publish.py --small --out DIR                              # no numbers worth reading: on a CPU
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import io
-import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_timing import Clock, command_line, machine_ceilings, percentiles, show, synchronize
+from gpu_timing import Clock, command_line, machine_ceilings, seconds_row, show
 from publish_profile import Publish, profile
+from publish_side_by_side import NAME, side_by_side
 from result_file import Row, write_result
-from served_model import GPUMemory, Setup, attempt, fill_at_random, megatron_of_one, open_server, prepare, weight_bytes
+from served_model import (
+    GPUMemory,
+    Setup,
+    Side,
+    attempt,
+    fill_at_random,
+    megatron_of_one,
+    open_server,
+    prepare,
+    seconds,
+    target_seconds,
+    weight_bytes,
+)
 
 from megatron_rl.rollout.engines.sglang import SGLangEngine
 from megatron_rl.rollout.engines.sglang_compat import NCCLGroup
@@ -42,9 +56,7 @@ from megatron_rl.training.model import PolicyModel, build_model
 from megatron_rl.weights import hf
 from megatron_rl.weights.transport import Tensors
 
-TARGET_S_PER_BYTE = 0.5 / 16e9
 BUCKETS = (128 << 20, 256 << 20, 512 << 20, 2 << 30)  # besides the default
-Side = Callable[[], Awaitable[None]]
 
 
 @dataclass
@@ -155,14 +167,6 @@ def plain_fake_serialize(named: list[tuple[str, torch.Tensor]]) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-async def seconds(side: Side, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    await side()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 async def compare(bench: Bench) -> None:
     """Ours and the peers in turn; a peer counts only if it leaves the weights ours left. The slow one has three turns."""
     reference = await bench.checksums()
@@ -193,21 +197,9 @@ async def compare(bench: Bench) -> None:
 
 
 def publish_row(bench: Bench, case: str, taken: dict[str, list[float]], peer: str | None) -> Row:
-    ours = statistics.median(taken["ours"])
-    theirs = statistics.median(taken[peer]) if peer and taken.get(peer) else None
-    target = TARGET_S_PER_BYTE * weight_bytes(bench.chunks)
-    spread = {"ours": taken["ours"], **({"peer": taken[peer]} if peer and theirs else {})}
-    return Row(
-        case=case,
-        unit="s",
-        ours=round(ours, 4),
-        peer=None if theirs is None else round(theirs, 4),
-        peer_name=peer if theirs or peer is None else f"{peer}: failed, {bench.failures.get(peer, 'not tried')}",
-        limit=round(target, 4),
-        ratio_to_peer=None if theirs is None else round(theirs / ours, 3),
-        ratio_to_limit=round(target / ours, 3),
-        spread={side: tuple(round(s, 4) for s in percentiles(samples)) for side, samples in spread.items()},
-    )
+    theirs = taken.get(peer) if peer else None
+    name = peer if theirs or peer is None else f"{peer}: failed, {bench.failures.get(peer, 'not tried')}"
+    return seconds_row(case, taken["ours"], theirs, peer=name, limit=target_seconds(weight_bytes(bench.chunks)))
 
 
 async def bucket_sizes(bench: Bench) -> None:
@@ -283,29 +275,42 @@ async def measure(setup: Setup, clock: Clock, out: Path, ceilings: dict[str, flo
             return bench.failures
 
 
-def main() -> None:
+def main() -> int:
+    """1 where something that was tried has no number."""
     parser = command_line(__doc__, seconds=120, then="no case is started")
     parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--transport", choices=("ipc", "distributed"), default="ipc", help="same GPU, or the next one")
+    ways = ("ipc", "distributed", "checkpoint-engine")
+    parser.add_argument(
+        "--transport", choices=ways, default="ipc", help="same GPU, the next one, or both ways of two GPUs beside it"
+    )
     arguments = parser.parse_args()
     shares = arguments.transport == "ipc"
     if torch.cuda.device_count() < 2 - shares and not arguments.small:
         parser.error(f"{2 - shares} GPUs needed; --small tries the code on a CPU")
     clock = Clock.of(arguments.seconds)
+    if arguments.transport == "checkpoint-engine":
+        name, failures = NAME, side_by_side(arguments, clock)
+    else:
+        name, failures = "weight_publish" if shares else "weight_broadcast", of_one_rank(arguments, clock)
+    for what, reason in failures.items():
+        print(f"MISSING {what}: {reason}")
+    print(f"{clock.seconds - clock.left:.0f} s; {arguments.out}/{name}.json")
+    return 1 if failures else 0
+
+
+def of_one_rank(arguments: argparse.Namespace, clock: Clock) -> dict[str, str]:
+    shares = arguments.transport == "ipc"
+    overrides = ["rollout.sglang.mem_fraction=0.35", f"rollout.sglang.colocated={str(shares).lower()}"]
+    overrides += ["weights.bucket_bytes=65536", "rollout.sglang.bucket_bytes=262144"] if arguments.small else []
     with tempfile.TemporaryDirectory() as folder:
-        overrides = ["rollout.sglang.mem_fraction=0.35", f"rollout.sglang.colocated={str(shares).lower()}"]
-        overrides += ["weights.bucket_bytes=65536", "rollout.sglang.bucket_bytes=262144"] if arguments.small else []
         setup = prepare(
             Path(folder), small=arguments.small, layers=arguments.layers, overrides=overrides, disable_cuda_graph=True
         )
         ceilings = machine_ceilings(setup.device, 1 << (20 if setup.small else 30), 64 if setup.small else 8192, budget_s=3)
         if setup.device.type == "cuda":
             torch.cuda.empty_cache()
-        failures = asyncio.run(measure(setup, clock, arguments.out, ceilings))
-    for what, reason in failures.items():
-        print(f"MISSING {what}: {reason}")
-    print(f"{clock.seconds - clock.left:.0f} s; {arguments.out}/{'weight_publish' if shares else 'weight_broadcast'}.json")
+        return asyncio.run(measure(setup, clock, arguments.out, ceilings))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -9,9 +9,10 @@ memory saver, servers and trainer take turns on the GPU (paper 2.6.3), in this o
 
 so that weights of both sides and the KV cache are never there together with gradients. With servers given by URL the trainer
 stays where it is, as it does with `rollout.sglang.colocated=false`: those we start then have the GPUs after the trainer's, and
-weights are broadcast to them. A server of ours that dies anywhere in this order is put up with: training goes on without it, and
-where the order ends it is started again, with the whole GPU free as at the start of the run, and published to in a second pass.
-While it generates, a trainer of one rank brings it back at once; with several the rollout phase is interrupted for that (`mend`).
+weights are broadcast to them. With `rollout.sglang.checkpoint_engine` every rank delivers a share of the weights, by way of host
+memory. A server of ours that dies anywhere in this order is put up with: training goes on without it, and where the order ends
+it is started again, with the whole GPU free as at the start of the run, and published to in a second pass. While it generates, a
+trainer of one rank brings it back at once; with several the rollout phase is interrupted for that (`mend`).
 How the trainer's state moves: `training/phase_memory.py`. A server's life: `rollout/engines/`.
 """
 
@@ -29,6 +30,7 @@ import torch
 from megatron_rl.config import Config
 from megatron_rl.errors import ConfigError
 from megatron_rl.model_config import ModelConfig
+from megatron_rl.rollout.engines import sglang_checkpoint_engine
 from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.engines.sglang import SGLangEngine, load_weights
 from megatron_rl.rollout.engines.sglang_compat import NCCLGroup, cuda_ipc_serializer
@@ -59,12 +61,13 @@ class SGLangServing:
         program: Sequence[str] | None = None,
         serialize: Callable[[], Serialize] = cuda_ipc_serializer,
         join: Join = NCCLGroup,
+        parameters: Callable[..., Transport] = sglang_checkpoint_engine.connect,
     ) -> None:
         """export: the weights at any time, for a server that has to be started again; None where other ranks would have to
-        take part. memory: the trainer's; None where it never goes away. program, serialize, join: what starts a server, and what
-        its payloads and groups are made by, where it is not SGLang.
+        take part. memory: the trainer's; None where it never goes away. program, serialize, join, parameters: what starts a
+        server, and what its payloads, groups and parameter servers are made by, where it is not SGLang.
 
-        Raises ConfigError where the machine has too few GPUs, EngineError for a server that cannot be had."""
+        Raises ConfigError where the machine has too few GPUs or lacks a package, EngineError for a server that cannot be had."""
         self._config, self._model, self._runner = config, model, runner
         self._export, self._memory = export, memory
         settings = config.rollout.sglang
@@ -72,8 +75,11 @@ class SGLangServing:
         if launch.world_size > 1:  # not over NCCL, whose waiting ranks keep their GPU busy while a server starts on it
             starts_s = (1 + settings.max_restarts) * settings.ready_timeout_s
             self._gather_all = Messages(config.training.collective_timeout_s + starts_s).gather_all
-        self._transport: Transport = Broadcast(join, config.training.collective_timeout_s)
-        if settings.colocated:
+        limit_s = config.training.collective_timeout_s
+        self._transport: Transport = Broadcast(join, limit_s)
+        if settings.checkpoint_engine:
+            self._transport = parameters(launch.rank, launch.world_size, launch.master_host, self._gather_all, limit_s)
+        elif settings.colocated:
             self._transport = IPC(serialize, self._gather_all, rank=launch.rank)
         self.phase_seconds = dict.fromkeys(TURNS if memory else ("release", "resume"), 0.0)
         self.phase_memory: dict[str, int] = {}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_rl.algorithms.mirror_descent import MirrorDescent
@@ -84,3 +85,17 @@ def test_the_crossover_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
     run("crossover_picture.py", "--result", str(tmp_path / "r.json"), "--picture", str(tmp_path / "p.svg"))
     picture = (tmp_path / "p.svg").read_text(encoding="utf-8")
     assert "from 2k tokens" in picture and "a GPU &lt;1&gt;" in picture and picture.count("<polyline") == 3
+
+
+def test_a_publish_without_a_number_is_named_and_its_exit_code_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import weight_publish
+
+    monkeypatch.setattr(sys, "argv", ["weight_publish.py", "--small", "--out", str(tmp_path)])
+    for failures, code in (({}, 0), ({"per tensor, one call": "EngineError: refused"}, 1)):
+        monkeypatch.setattr(weight_publish, "of_one_rank", lambda *_, found=failures: found)
+        assert weight_publish.main() == code
+        told = capsys.readouterr().out
+        assert ("MISSING per tensor, one call: EngineError: refused" in told) == bool(code)

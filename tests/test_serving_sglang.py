@@ -11,18 +11,21 @@ import pytest
 
 from megatron_rl import config as configuration
 from megatron_rl import loop, run
+from megatron_rl.config import check_world
 from megatron_rl.errors import ConfigError
 from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.serving_sglang import SGLangServing, _first_gpu
 from megatron_rl.training.parallel import Launch
 from tests.resume.recipe import write_recipe
+from tests.rollout.engines.fake_parameter_server import connect
 from tests.rollout.engines.fake_sglang import GlooGroup, serialize
 
 PROGRAM = (sys.executable, str(Path(__file__).parent / "rollout" / "engines" / "fake_sglang.py"))
 
 
 def served_by_fake(*arguments, **options):
-    return SGLangServing(*arguments, **options, program=PROGRAM, serialize=lambda: serialize, join=GlooGroup)
+    fakes = {"program": PROGRAM, "serialize": lambda: serialize, "join": GlooGroup, "parameters": connect}
+    return SGLangServing(*arguments, **options, **fakes)
 
 
 def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +66,22 @@ def test_servers_with_gpus_of_their_own_take_no_turns_and_get_every_version_by_b
     assert not any("--enable-memory-saver" in log for log in logs)
 
 
+def test_a_run_publishes_by_checkpoint_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SGLangServing", served_by_fake)
+    settings = [f"run.folder={tmp_path / 'run'}", "rollout.engine=sglang", "rollout.sglang.checkpoint_engine=true"]
+    assert loop.train(configuration.load(write_recipe(tmp_path, iterations=2), settings)) == 0
+    trained = [row for line in (tmp_path / "run" / "metrics.jsonl").open() if "loss" in (row := json.loads(line))]
+    assert trained and all(row["mismatch/logp_abs_mean"] < 1e-3 for row in trained)
+
+
+def test_too_few_ranks_for_checkpoint_engine_are_one_error(tmp_path: Path) -> None:
+    settings = ["rollout.engine=sglang", "rollout.sglang.checkpoint_engine=true", "rollout.sglang.engines=2"]
+    config = configuration.load(write_recipe(tmp_path, iterations=1), settings)
+    check_world(config, 2)
+    with pytest.raises(ConfigError, match="each of their 2 GPUs needs a trainer's rank, and there are 1; lower one of them"):
+        check_world(config, 1)
+
+
 def test_too_few_gpus_for_servers_of_their_own_are_one_error(tmp_path: Path) -> None:
     settings = ["rollout.engine=sglang", "rollout.sglang.colocated=false", "rollout.sglang.tensor_parallel=2"]
     config = configuration.load(write_recipe(tmp_path, iterations=1), [f"run.folder={tmp_path / 'run'}", *settings])
@@ -98,6 +117,10 @@ def test_a_run_keeps_kv_in_servers_that_find_the_plugin_by_themselves(tmp_path: 
         (["rollout.kv_policy=keep", "rollout.sglang.urls=[http://127.0.0.1:30000]"], "only servers started by us have"),
         (["rollout.kv_policy=keep", "rollout.kv_store.drift_samples=2"], "kv_store.drift_samples=2: an SGLang server"),
         (["rollout.sglang.urls=[http://elsewhere:30000]"], "must be on this machine, .* set colocated=false"),
+        (
+            ["rollout.sglang.checkpoint_engine=true", "rollout.sglang.colocated=false"],
+            "so servers share them; set .*colocated=true",
+        ),
         (["rollout.sglang.bucket_bytes=1000000000"], "less than 4 times weights.bucket_bytes=268435456"),
         (["rollout.sglang.server_arguments={port: 1}"], "server_arguments.port: set rollout.sglang.port instead"),
     ],

@@ -181,6 +181,11 @@ def _check_sglang(r: RolloutConfig) -> None:
                 "shared GPU, so it must be on this machine, as http://127.0.0.1:<port>; set colocated=false where it has GPUs of "
                 "its own"
             )
+    if s.checkpoint_engine and not s.colocated:
+        raise ConfigError(
+            "rollout.sglang.checkpoint_engine=true: its parameter servers write into the GPUs of the trainer's ranks, so servers "
+            "share them; set rollout.sglang.colocated=true, or leave it false"
+        )
     if len(set(s.urls)) < len(s.urls):
         raise ConfigError(f"rollout.sglang.urls={list(s.urls)}: a server occurs twice; name each once")
 
@@ -190,6 +195,13 @@ def check_world(c: Config, world_size: int) -> None:
     check_layout(c.training, world_size)
     if c.rollout.embedded.ranks and c.rollout.embedded.ranks > world_size:
         raise ConfigError(f"rollout.embedded.ranks={c.rollout.embedded.ranks}: there are only {world_size} ranks")
+    s = c.rollout.sglang
+    is_placed = c.rollout.engine == "sglang" and s.checkpoint_engine and not s.urls
+    if is_placed and (num_gpus := s.engines * s.tensor_parallel) > world_size:
+        raise ConfigError(
+            f"rollout.sglang.engines={s.engines} of tensor_parallel={s.tensor_parallel}: with checkpoint_engine=true each of "
+            f"their {num_gpus} GPUs needs a trainer's rank, and there are {world_size}; lower one of them, or start more ranks"
+        )
 
 
 def check_layout(t: MegatronConfig, world_size: int) -> None:

@@ -116,6 +116,11 @@ class SGLangConfig(Section):
         "trainer's, those of `urls` any, weights go by NCCL broadcast, and no memory changes hands. Servers of `urls` then need "
         "the trainer's NCCL_CUMEM_ENABLE and NCCL_NVLS_ENABLE, and every server room for two buckets",
     )
+    checkpoint_engine: bool = setting(
+        False,
+        "colocated: weights go by the package checkpoint-engine instead of CUDA IPC, each rank's share through pinned host "
+        "memory; a server that dies during a publish then ends the run",
+    )
     memory_saver: bool = setting(True, "colocated: lend the server's GPU memory to the training phase (paper 2.6.3)")
     attention_backend: str | None = setting(None, "SGLang's attention backend; default is SGLang's choice")
     sampling_backend: str | None = setting("pytorch", "SGLang's sampling backend; `pytorch` serves seeds too", ours=True)

@@ -300,6 +300,7 @@ async def load_weights(
         begun = [engine for engine in engines if engine.name not in failed]
         await transport.open([engine.receiver for engine in begun])
         await send(buckets, transport, bucket_bytes=bucket_bytes)
+        await transport.complete()
         failed |= {engine.name: transport.failed[engine.receiver] for engine in begun if engine.receiver in transport.failed}
         is_broken = transport.is_broken
     if not is_broken:

@@ -5,8 +5,9 @@
 
 A broadcast goes through a group of this process (rank 0) and every rank of the servers, made anew when another server is among
 them, e.g. one started again. Nothing waits without end: what is late is named, and the group is given up. A server that fails is
-no error here but noted (`Transport.failed`). Which way is taken says `rollout.sglang.colocated`. Packing: `weights/transport.py`;
-whose memory a handle is of: `weights/handles.py`. What SGLang itself brings to either: `sglang_compat.py`.
+no error here but noted (`Transport.failed`). Which way is taken says `rollout.sglang.colocated`; a third one:
+`sglang_checkpoint_engine.py`. Packing: `weights/transport.py`; whose memory a handle is of: `weights/handles.py`. What SGLang
+itself brings to either: `sglang_compat.py`.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class Transport(Outlet, Protocol):
         """Before the buckets of a publish; `receivers` get each of them. Collective where it reads every rank."""
         ...
 
+    async def complete(self) -> None:
+        """After the last delivery; afterwards every receiver that has not failed has everything. Collective as `open`."""
+        ...
+
     async def close(self) -> None:
         """Servers that live on keep nothing of it."""
         ...
@@ -107,6 +112,9 @@ class IPC:
             receiver.client.post_blocking("/update_weights_from_tensor", body)
         except EngineError as e:
             self.failed.setdefault(receiver, e)
+
+    async def complete(self) -> None:
+        """Nothing: every delivery was answered."""
 
     async def close(self) -> None:
         self._receivers = ()
@@ -163,7 +171,7 @@ class Broadcast:
         world_size = 1 + sum(len(receiver.gpus) for receiver in receivers)
         limit = timedelta(seconds=self._timeout_s)
         store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, timeout=limit, wait_for_workers=False)
-        joining = _start(self._join, store, world_size, name, self._timeout_s)
+        joining = in_thread(self._join, store, world_size, name, self._timeout_s)
         invitations = self._invitations(receivers, store.port, name, world_size)
         for receiver, error in zip(receivers, await asyncio.gather(*invitations, return_exceptions=True), strict=True):
             if isinstance(error, EngineError):
@@ -215,17 +223,17 @@ class Broadcast:
             "flush_cache": False,
         }
         path = "/update_weights_from_distributed"
-        calls = {_start(r.client.post_blocking, path, body): r for r in self._of.receivers}
-        sending = _start(self._of.group.broadcast, bucket.data)
+        calls = {in_thread(r.client.post_blocking, path, body): r for r in self._of.receivers}
+        sending = in_thread(self._of.group.broadcast, bucket.data)
         wait([sending, *calls], self._timeout_s, FIRST_EXCEPTION)
-        if any(_error(future) for future in (sending, *calls)):
+        if any(error_of(future) for future in (sending, *calls)):
             wait(calls, _REASON_S, ALL_COMPLETED)
-        refused = {r: e for call, r in calls.items() if isinstance(e := _error(call), EngineError)}
+        refused = {r: e for call, r in calls.items() if isinstance(e := error_of(call), EngineError)}
         # What breaks a group is the end of one; the others may only report what they saw of it.
         self.failed = {r: e for r, e in refused.items() if isinstance(e, EngineGoneError)} or refused
         problem = self._problem(sending, calls)
         if self.failed or problem is not None:
-            _start(self._of.group.close, abort=True)
+            in_thread(self._of.group.close, abort=True)
             self._break(self._of.receivers, problem)
 
     def _break(self, receivers: Sequence[Receiver], problem: EngineError | None = None) -> None:
@@ -237,7 +245,7 @@ class Broadcast:
     def _problem(self, sending: Future[None], calls: dict[Future[Any], Receiver]) -> EngineError | None:
         """As it is seen from here."""
         where = self._between(list(calls.values()))
-        if broken := _error(sending):
+        if broken := error_of(sending):
             return EngineError(f"{where}: broke ({broken}); {self._remedy}")
         if late := [receiver.client.name for call, receiver in calls.items() if not call.done()]:
             return EngineError(f"{where}: no answer of {', '.join(late)}; {self._remedy}")
@@ -245,11 +253,14 @@ class Broadcast:
             return EngineError(f"{where}: did not end, though all have answered; {self._remedy}")
         return None
 
+    async def complete(self) -> None:
+        """Nothing: every delivery was answered."""
+
     async def close(self) -> None:
         if self._of is None:
             return
         member, self._of = self._of, None
-        closing = None if self.is_broken else _start(member.group.close, abort=False)
+        closing = None if self.is_broken else in_thread(member.group.close, abort=False)
         body = {"group_name": member.name}
         left = [r.client.post("/destroy_weights_update_group", body, _LEAVE_S) for r in member.receivers]
         await asyncio.gather(*left, return_exceptions=True)  # of a server that is gone, the group is gone too
@@ -268,7 +279,7 @@ class Broadcast:
         )
 
 
-def _start(function: Callable[..., T], *arguments: Any, **options: Any) -> Future[T]:
+def in_thread(function: Callable[..., T], *arguments: Any, **options: Any) -> Future[T]:
     """In a thread that no exit waits for: a collective whose other side never comes cannot be interrupted."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
@@ -283,7 +294,7 @@ def _start(function: Callable[..., T], *arguments: Any, **options: Any) -> Futur
     return future
 
 
-def _error(future: Future[Any]) -> BaseException | None:
+def error_of(future: Future[Any]) -> BaseException | None:
     return future.exception() if future.done() else None
 
 

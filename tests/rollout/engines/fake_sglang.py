@@ -6,7 +6,8 @@ a prefix cache by `extra_key` that only a flush empties (`fake_radix.py`, open t
 log-probs of all tokens so far in every event (`log_probs="all"`, its way without a tokenizer) or of the new ones; a request
 aborted before its first token answers in another form; releasing while busy and resuming what is not released kill the server;
 a prompt has to stay 6 tokens below the context, prompt and response together 2; an update through a group it is not in kills it.
-Groups are gloo's, whatever backend is asked for, and what is broadcast to it is received.
+Groups are gloo's, whatever backend is asked for, and what is broadcast to it is received. Parameter servers are those of
+`fake_parameter_server.py`.
 As a program it loads plugins, takes SGLang's arguments and, after `--fake-fault`, faults of its starts, one after the other, with
 commas: `oom`, `hang`, `delivery` to die in its second update of weights, `generating` to die under weight version 1, or a number
 of events to die after.
@@ -38,6 +39,7 @@ from megatron_rl.weights.transport import FlatBucket
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_http import FakeHTTPServer
+from fake_parameter_server import read, uuid
 from fake_radix import Scheduler, load_plugins
 from fake_requests import Answer, each
 
@@ -239,6 +241,21 @@ class FakeSGLang:
         assert body["load_format"] is None or [p["gpu"] for p in payloads] == self.gpus, "a rank was given another GPU's memory"
         assert all(torch.equal(payload["flattened_tensor"], other["flattened_tensor"]) for other in others)
         return self._take(payload["named_tensors"] if body["load_format"] is None else _views(payload), body["flush_cache"])
+
+    async def _on_update_weights_from_ipc(self, query: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        handles = body["zmq_handles"]
+        if missing := {uuid(gpu) for gpu in self.gpus} - handles.keys():
+            return 400, {"success": False, "message": f"Device UUID {missing.pop()} not found in zmq_handles: {list(handles)}"}
+
+        def take(tensors: dict[str, torch.Tensor]) -> str:
+            status, answer = self._take(tensors.items(), flush_cache=False)
+            return "" if status == 200 else answer["message"]
+
+        try:
+            await asyncio.to_thread(read, [handles[uuid(gpu)] for gpu in self.gpus], take)
+        except RuntimeError as e:
+            return 400, {"success": False, "message": str(e)}
+        return 200, {"success": True, "message": "IPC weight update completed successfully"}
 
     def _take(self, tensors: Iterable[tuple[str, torch.Tensor]], flush_cache: bool) -> tuple[int, Any]:
         self._num_updates += 1
