@@ -7,6 +7,7 @@ which is how it is tried without a GPU.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from result_file import FOLDER, Row
+from result_file import FOLDER, Row, device_name
 
 T = TypeVar("T")
 CALLS = 5  # of a short kernel a sample, so that what a launch costs the host does not count
@@ -60,20 +61,28 @@ def command_line(description: str | None, *, seconds: float, then: str, small: s
 
 @dataclass(frozen=True)
 class Command:
+    result: str  # the result file's name
     out: Path
     clock: Clock
     is_small: bool
     device: torch.device
 
     @staticmethod
-    def parse(description: str | None) -> Command:
-        """Of a benchmark whose cases are left out when the time is over; ends the program where it needs a GPU and has none."""
-        parser = command_line(description, seconds=100, then="no case is started", small="toy sizes, on a CPU too")
+    def parse(description: str | None, name: str) -> Command:
+        """Of a benchmark whose cases are left out when the time is over. Ends the program where it needs a GPU and has none, and
+        where another device's result would be lost."""
+        parser = command_line(description, seconds=150, then="no case is started", small="toy sizes, on a CPU too")
+        parser.add_argument("--tag", help=f"of this machine: the result is {name}_TAG.json, beside those of others")
         arguments = parser.parse_args()
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cpu" and not arguments.small:
             parser.error("no GPU here; --small tries the code on a CPU")
-        return Command(arguments.out, Clock.of(arguments.seconds), arguments.small, device)
+        result = f"{name}_{arguments.tag}" if arguments.tag else name
+        path = arguments.out / f"{result}.json"
+        measured_on = json.loads(path.read_text(encoding="utf-8"))["device"] if path.exists() else device_name(device)
+        if measured_on != device_name(device):
+            parser.error(f"{path} is of {measured_on}, this is {device_name(device)}; --tag or --out keeps both")
+        return Command(result, arguments.out, Clock.of(arguments.seconds), arguments.small, device)
 
 
 def attempt(what: str, function: Callable[[], T], failures: dict[str, str]) -> T | None:

@@ -6,8 +6,8 @@ the pool as a real prefill would. No embedding, no logits: the peer does less th
 of the same tokens in random pages of 16, checked to the bit against what the prefill had written. `tflops` among the curves says
 how well the prefill runs; `crossover_picture.py` draws the two curves.
 
-    python benchmarks/kv_resume.py [--out DIR] [--seconds 100]          # one GPU, 65 GB of its memory, 20 GB of the host's
-    python benchmarks/kv_resume.py --small --out DIR                    # no numbers worth reading: tries the code on a CPU
+    python benchmarks/kv_resume.py [--tag h200] [--out DIR] [--seconds 150]  # one GPU, 65 GB of its memory, 20 GB of the host's
+    python benchmarks/kv_resume.py --small --out DIR                         # no numbers worth reading: tries the code on a CPU
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_timing import Clock, Command, attempt, interleave, machine_ceilings, percentiles, show
+from gpu_timing import Command, attempt, interleave, machine_ceilings, percentiles, show
 from result_file import Row, write_result
 from torch.nn import functional
 
@@ -225,14 +224,14 @@ def make(shape: Shape, device: torch.device, failures: dict[str, str]) -> Bench:
     return Bench(shape, device, prefill, peer_name, slab(pool.num_pages, pool.slot_bytes, device))
 
 
-def report(bench: Bench, clock: Clock, ceilings: dict[str, float], failures: dict[str, str], out: Path) -> None:
+def report(bench: Bench, command: Command, ceilings: dict[str, float], failures: dict[str, str]) -> None:
     """Measures every length for which there is time, the reported ones first, and writes the result after each."""
     shape, rows = bench.shape, dict[int, Row]()
     points: dict[int, dict[str, float]] = {}
     rate = 0.6e12 * ceilings["bf16_gemm_tflops"]  # a guess at the prefill's, to see whether there is time for it
     for num_tokens in (*shape.reported, *(n for n in shape.tokens if n not in shape.reported)):
         name = f"{num_tokens} tokens"
-        if not clock.has_time_for(name, 3.2 * shape.flops(num_tokens) / rate):
+        if not command.clock.has_time_for(name, 3.2 * shape.flops(num_tokens) / rate):
             continue
         taken = attempt(name, lambda n=num_tokens: bench.measure(n, budget_s=3.0), failures)
         if taken is None:
@@ -253,15 +252,23 @@ def report(bench: Bench, clock: Clock, ceilings: dict[str, float], failures: dic
         curves = {curve: [points[n][curve] for n in sorted(points)] for curve in points[num_tokens]}
         packages = ["torch", "numpy"]
         ordered = list(rows.values())
-        write_result("kv_resume", ordered, ceilings=ceilings, packages=packages, curves=curves, device=bench.device, folder=out)
+        write_result(
+            command.result,
+            ordered,
+            ceilings=ceilings,
+            packages=packages,
+            curves=curves,
+            device=bench.device,
+            folder=command.out,
+        )
 
 
 def main() -> None:
-    command, failures = Command.parse(__doc__), dict[str, str]()
+    command, failures = Command.parse(__doc__, "kv_resume"), dict[str, str]()
     shape = SMALL if command.is_small else FULL
     ceilings = machine_ceilings(command.device, 1 << (20 if command.is_small else 30), shape.gemm, budget_s=3)
     bench = make(shape, command.device, failures)
-    report(bench, command.clock, ceilings, failures, command.out)
+    report(bench, command, ceilings, failures)
     for what, reason in failures.items():
         print(f"MISSING {what}: {reason}")
 

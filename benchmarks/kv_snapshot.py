@@ -6,8 +6,8 @@ memory, sampled in turn with ours and the peers; for device gather and scatter, 
 is checked to the bit before it is timed. Then: a bf16 matrix product beside snapshots, 128k tokens, compressed snapshots. Results
 are written after every case, so a run that is cut short keeps what it had.
 
-    python benchmarks/kv_snapshot.py [--out DIR] [--seconds 100]        # one GPU, 60 GB of its memory, 25 GB of the host's
-    python benchmarks/kv_snapshot.py --small --out DIR                  # no numbers worth reading: tries the code on a CPU
+    python benchmarks/kv_snapshot.py [--tag h200] [--out DIR] [--seconds 150]  # one GPU, 60 GB of its memory, 25 GB of the host's
+    python benchmarks/kv_snapshot.py --small --out DIR                         # no numbers worth reading: tries the code on a CPU
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_timing import CALLS, Clock, Command, attempt, interleave, machine_ceilings, rate_row, seconds_of, show
+from gpu_timing import Clock, Command, attempt, interleave, machine_ceilings, rate_row, seconds_of, show
 from kv_peers import Peer, index_select, memcpy_batch, sglang_transfer
 from result_file import Row, write_result
 
@@ -29,6 +29,7 @@ from megatron_rl.kernels.snapshot import PageCopier, slab
 
 QUOTAS = (4, 8, 16)  # of sgl_kernel's kernel, besides its default of 2
 CONTIGUOUS = "one contiguous copy"
+LAUNCHES = {"ours": 20, "device copy": 20}  # a sample, so that what a launch costs the host does not count; of a peer: 5
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Bench:
     values: list[torch.Tensor]
     host: torch.Tensor  # uint8 [long tokens * token bytes], pinned
     staging: torch.Tensor  # as large, on the device
+    result: str
     out: Path
     ceilings: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -65,7 +67,8 @@ class Bench:
     best_quotas: dict[tuple[int, str], int] = field(default_factory=dict)  # of sgl_kernel, by page size and direction
 
     @staticmethod
-    def make(sizes: Sizes, device: torch.device, out: Path, clock: Clock) -> Bench:
+    def make(sizes: Sizes, command: Command) -> Bench:
+        device, clock = command.device, command.clock
         elements = (sizes.pool, sizes.kv_heads, sizes.head_dim)
         torch.manual_seed(0)
         layers = [random_bits(elements, device) for _ in range(2 * sizes.layers)]
@@ -73,7 +76,7 @@ class Bench:
         print(f"[{clock.seconds - clock.left:5.1f} s] pinning {sizes.long * token_bytes / 1e9:.1f} GB", flush=True)
         host = slab(sizes.long, token_bytes, device).view(-1)
         staging = torch.empty(sizes.long * token_bytes, dtype=torch.uint8, device=device)
-        return Bench(sizes, device, clock, layers[0::2], layers[1::2], host, staging, out)
+        return Bench(sizes, device, clock, layers[0::2], layers[1::2], host, staging, command.result, command.out)
 
     def pool(self, page_size: int) -> PagedPool:
         return PagedPool.from_layers(self.keys, self.values, page_size)
@@ -81,14 +84,8 @@ class Bench:
     def add(self, rows: list[Row]) -> None:
         show(rows)
         self.rows += rows
-        write_result(
-            "kv_snapshot",
-            self.rows,
-            ceilings=self.ceilings,
-            packages=["torch", "numpy"],
-            device=self.device,
-            folder=self.out,
-        )
+        packages = ["torch", "numpy"]
+        write_result(self.result, self.rows, ceilings=self.ceilings, packages=packages, device=self.device, folder=self.out)
 
 
 def random_bits(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -228,10 +225,12 @@ def on_device(bench: Bench, page_size: int) -> None:
     }
     for name, (ours, theirs, peer) in calls.items():
         sides = {"ours": ours, "device copy": lambda: other.copy_(packed), peer: theirs}
-        repeated = {side: (lambda call=call: [call() for _ in range(CALLS)]) for side, call in sides.items()}
-        taken = interleave(repeated, bench.device, budget_s=1, warmups=3)
+        launches = {side: LAUNCHES.get(side, 5) for side in sides}
+        repeated = {side: (lambda call=call, n=launches[side]: [call() for _ in range(n)]) for side, call in sides.items()}
+        samples = interleave(repeated, bench.device, budget_s=2, warmups=2)
+        taken = {side: [seconds / launches[side] for seconds in each] for side, each in samples.items()}
         label = f"device {name}, {case.name}, pages of {page_size}, one launch"
-        bench.add([rate_row(label, "GB/s", CALLS * 2 * half / 1e9, taken, peer=peer, limit="device copy")])
+        bench.add([rate_row(label, "GB/s", 2 * half / 1e9, taken, peer=peer, limit="device copy")])
     kv_pages.raise_faults(case.pool)
 
 
@@ -313,13 +312,13 @@ def run(bench: Bench) -> None:
         "cudaMemcpyBatchAsync a page",
         "torch.index_select a layer and one copy",
     )
+    small = [page_size for page_size in sizes.page_sizes if page_size != 4]
     cases: list[tuple[str, float, Callable[[], None]]] = []
+    cases += [(f"on the device, pages of {p}", 6, lambda p=p: on_device(bench, p)) for p in small]
+    cases.append(("beside a GEMM", 6, lambda: beside_gemm(bench)))
     for page_size in sizes.page_sizes:
         names = every if page_size != 4 else every[2:3]
         cases.append((f"link, short, pages of {page_size}", 8, lambda p=page_size, n=names: link(bench, sizes.short, p, n, 4)))
-    small = [page_size for page_size in sizes.page_sizes if page_size != 4]
-    cases += [(f"on the device, pages of {p}", 2, lambda p=p: on_device(bench, p)) for p in small]
-    cases.append(("beside a GEMM", 4, lambda: beside_gemm(bench)))
     cases += [(f"link, long, pages of {p}", 9, lambda p=p: link(bench, sizes.long, p, every[:1], 6)) for p in small]
     cases += [(f"compressed, {scheme}", 2, lambda s=scheme: compressed(bench, s)) for scheme in ("int8", "fp8")]
     for what, seconds, call in cases:
@@ -330,13 +329,13 @@ def run(bench: Bench) -> None:
 
 
 def main() -> None:
-    command = Command.parse(__doc__)
+    command = Command.parse(__doc__, "kv_snapshot")
     clock = command.clock
-    bench = Bench.make(SMALL if command.is_small else FULL, command.device, command.out, clock)
+    bench = Bench.make(SMALL if command.is_small else FULL, command)
     bench.ceilings = machine_ceilings(command.device, 1 << (20 if command.is_small else 30), bench.sizes.gemm, budget_s=4)
     run(bench)
     taken = clock.seconds - clock.left
-    print(f"{len(bench.rows)} rows, {len(bench.failures)} missing, {taken:.0f} s; {command.out}/kv_snapshot.json")
+    print(f"{len(bench.rows)} rows, {len(bench.failures)} missing, {taken:.0f} s; {command.out}/{command.result}.json")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Every kernel on KV pages once, at sizes with tails, for `sanitize.sh`: each access width, each compressed dtype and row length.
 
 Bad pages are among those given, so that the guard is exercised too. Correctness is the tests' concern; here only a restored copy
-is looked at, to see that the kernels ran.
+is looked at, to see that the kernels ran. With `--planted`, only a gather that reads behind its pool, which must be reported.
 """
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 import torch
@@ -31,8 +33,17 @@ def round_trip(pool: PagedPool, scheme: kv_pages.Scheme) -> None:
     pool.faults.zero_()
 
 
-def main() -> None:
-    torch.cuda.set_device(DEVICE)
+def read_too_far() -> None:
+    """From a pool whose memory ends before its pages do."""
+    pool = make_pool(4, 4, 128, torch.bfloat16)
+    storage = pool.regions[0].untyped_storage()
+    storage.resize_(storage.nbytes() // 2)
+    packed = torch.zeros((PAGES, pool.slot_bytes), dtype=torch.uint8, device=DEVICE)
+    kv_pages.gather(pool, torch.arange(PAGES, device=DEVICE), packed)
+    torch.cuda.synchronize()
+
+
+def run_every_kernel() -> None:
     # Bytes of a page: 4096 (16 a thread), 24 (8), 12 (4), 6 (2), 3 (1).
     for kv_heads, page_size, head_dim, dtype in (
         (4, 4, 128, torch.bfloat16),
@@ -59,6 +70,14 @@ def main() -> None:
     assert all(torch.equal(a, b) for a, b in zip(pool.regions, before, strict=True))
     kv_pages.raise_faults(pool)
     print("every kernel ran")
+
+
+def main() -> None:
+    torch.cuda.set_device(DEVICE)
+    if "--planted" in sys.argv[1:]:
+        read_too_far()
+    else:
+        run_every_kernel()
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ namespace {
 
 // The data of a contiguous array [length] of T.
 template <class T>
-const T* data(const char* name, const py::handle& object, std::size_t length) {
+const T* data(const char* name, const py::handle& object, std::size_t length, const char* function = "packed_index") {
     const auto array = py::cast<py::array>(object);
     if (!py::isinstance<py::array_t<T, py::array::c_style>>(array) || array.ndim() != 1)
-        refuse("packed_index", name, "a contiguous array of one dimension of " + std::string(py::str(py::dtype::of<T>())),
+        refuse(function, name, "a contiguous array of one dimension of " + std::string(py::str(py::dtype::of<T>())),
                std::string(py::str(array.dtype())) + " of " + std::to_string(array.ndim()) + " dimensions");
     if (static_cast<std::size_t>(array.size()) != length)
-        refuse("packed_index", name, std::to_string(length) + " elements", array.size());
+        refuse(function, name, std::to_string(length) + " elements", array.size());
     return static_cast<const T*>(array.data());
 }
 
@@ -58,12 +58,40 @@ py::tuple packed_index(const py::sequence& sequences, std::size_t multiple) {
                           sequence_ids, log_probs, versions);
 }
 
+// index: a PackedIndex. Rank `rank` of `size` has the rank-th of equal shares of its rows.
+py::tuple context_slice(const py::object& index, int64_t rank, int64_t size) {
+    const auto num_rows = static_cast<int64_t>(py::len(index.attr("token_ids")));
+    if (size < 1 || num_rows % size) refuse("context_slice", "size", "a divisor of " + std::to_string(num_rows) + " rows", size);
+    if (rank < 0 || rank >= size) refuse("context_slice", "rank", "0 .. " + std::to_string(size - 1), rank);
+    const packing::Rows rows{rank * (num_rows / size), (rank + 1) * (num_rows / size)};
+    const std::size_t count = py::len(index.attr("loss_rows"));
+    const auto read = [&](const char* name, auto* of_type) {
+        return data<std::remove_pointer_t<decltype(of_type)>>(name, index.attr(name), count, "context_slice");
+    };
+    int64_t* const wide = nullptr;
+    const packing::LossTokens all{read("loss_rows", wide),
+                                  read("targets", wide),
+                                  read("sequence_ids", wide),
+                                  read("behaviour_log_probs", static_cast<float*>(nullptr)),
+                                  read("weight_versions", static_cast<int32_t*>(nullptr)),
+                                  count};
+    const std::size_t chosen = packing::num_predicted(all, rows);
+    py::array_t<int64_t> loss_tokens(chosen), loss_rows(chosen), targets(chosen), sequence_ids(chosen);
+    py::array_t<float> log_probs(chosen);
+    py::array_t<int32_t> versions(chosen);
+    packing::cut(all, rows,
+                 {loss_tokens.mutable_data(), loss_rows.mutable_data(), targets.mutable_data(), sequence_ids.mutable_data(),
+                  log_probs.mutable_data(), versions.mutable_data()});
+    return py::make_tuple(rows.first, rows.end, loss_tokens, loss_rows, targets, sequence_ids, log_probs, versions);
+}
+
 }  // namespace
 
 void bind_packing(py::module_& m) {
     m.def("balanced", &packing::balanced, py::arg("costs"), py::arg("num_parts"));
     m.def("with_capacity", &packing::with_capacity, py::arg("sizes"), py::arg("costs"), py::arg("capacity"), py::arg("multiple"));
     m.def("packed_index", &packed_index, py::arg("families"), py::arg("multiple"));
+    m.def("context_slice", &context_slice, py::arg("index"), py::arg("rank"), py::arg("size"));
 }
 
 }  // namespace megatron_rl

@@ -1,6 +1,6 @@
-// Warps take tiles of a page in turn, grid after grid: one launch moves all pages of all regions. Copies move 128 accesses a
-// tile, four in flight a thread, as wide as alignment allows (16 bytes for every page of usual shape). Compression takes up to
-// four rows a warp; a row lives in registers between its maximum and its codes.
+// Warps take tiles of a page in turn, grid after grid: one launch moves all pages of all regions. Copies move 32 accesses a tile
+// for each in flight a thread, as wide as alignment allows (16 bytes for every page of usual shape). Compression takes up to four
+// rows a warp; a row lives in registers between its maximum and its codes.
 #include "kv/pages_cuda.h"
 
 #include <cfloat>
@@ -13,9 +13,26 @@
 namespace megatron_rl::kv {
 namespace {
 
-constexpr int threads_per_block = 512;
+enum class Mark { none, streaming, bypass };  // of an access: as any other, first to leave the caches, not kept in L1
+enum class Order { by_slot, by_region };      // of the tiles: all regions of a slot, or all slots of a region
+
+// How a copy is cut up. benchmarks/kv_tune.cu times the alternatives on a GPU and prints the lines to put here.
+constexpr int most_threads = 512;  // what registers are shared out for, so that a plan is the same code at any number below
+template <int threads_, int flight_, Mark load_, Mark store_, Order order_, bool early_>
+struct CopyPlan {
+    static constexpr int threads = threads_;  // a block, at most most_threads
+    static constexpr int flight = flight_;    // independent accesses of a thread
+    static constexpr Mark load = load_, store = store_;
+    static constexpr Order order = order_;
+    static constexpr bool early = early_;  // scatter only: the slab is read before it is known where to
+};
+using GatherPlan = CopyPlan<512, 4, Mark::none, Mark::none, Order::by_slot, false>;
+using ScatterPlan = CopyPlan<512, 4, Mark::none, Mark::none, Order::by_slot, false>;
+using MovePlan = GatherPlan;
+
 constexpr int warp_size = 32;
-constexpr int in_flight = 4;  // independent accesses of a thread
+constexpr int row_threads = 512;    // a block, of compression
+constexpr int quads_in_flight = 4;  // of elements a thread, of compression
 
 enum class Direction { gather, scatter, move };
 
@@ -24,6 +41,7 @@ struct Work {
     const int64_t* targets;  // move only
     uint8_t* slab;           // written by gather, read by scatter
     unsigned long long* faults;
+    uint32_t num_slots;
     uint32_t num_tiles;
     uint32_t tiles_per_page;
 };
@@ -34,10 +52,15 @@ struct Tile {
     uint32_t part;  // within the page
 };
 
+template <Order order = Order::by_slot>
 __device__ Tile tile_at(uint32_t index, const Work& work, const PagedPool& pool) {
-    const uint32_t page = index / work.tiles_per_page;
+    const uint32_t page = index / work.tiles_per_page, part = index - page * work.tiles_per_page;
+    if constexpr (order == Order::by_region) {
+        const uint32_t region = page / work.num_slots;
+        return {page - region * work.num_slots, region, part};
+    }
     const uint32_t slot = page / pool.num_regions;
-    return {slot, page - slot * pool.num_regions, index - page * work.tiles_per_page};
+    return {slot, page - slot * pool.num_regions, part};
 }
 
 __device__ bool is_inside(int64_t page, const Tile& tile, const Work& work, const PagedPool& pool) {
@@ -49,35 +72,64 @@ __device__ bool is_inside(int64_t page, const Tile& tile, const Work& work, cons
 __device__ uint32_t first_warp() { return (blockIdx.x * blockDim.x + threadIdx.x) / warp_size; }
 __device__ uint32_t num_warps() { return gridDim.x * blockDim.x / warp_size; }
 
-template <class Access, Direction direction>
-__global__ void __launch_bounds__(threads_per_block) copy_pages(const __grid_constant__ PagedPool pool, const Work work) {
-    const uint32_t lane = threadIdx.x % warp_size;
-    const auto accesses = static_cast<uint32_t>(pool.page_bytes() / sizeof(Access));
+template <Mark mark, class Access>
+__device__ Access read(const Access* from) {
+    if constexpr (mark == Mark::streaming) return __ldcs(from);
+    if constexpr (mark == Mark::bypass) return __ldcg(from);
+    return *from;
+}
+
+template <Mark mark, class Access>
+__device__ void put(Access* to, Access value) {
+    if constexpr (mark == Mark::streaming) __stcs(to, value);
+    else if constexpr (mark == Mark::bypass) __stcg(to, value);
+    else *to = value;
+}
+
+// One tile of a page: `at` is this thread's first access of `end`.
+template <class Plan, class Access>
+struct Held {
+    Access held[Plan::flight];
+
+    __device__ void load(const uint8_t* page, uint32_t at, uint32_t end) {
+#pragma unroll
+        for (int i = 0; i < Plan::flight; ++i) {
+            if (at + i * warp_size < end) held[i] = read<Plan::load>(reinterpret_cast<const Access*>(page) + at + i * warp_size);
+        }
+    }
+    __device__ void store(uint8_t* page, uint32_t at, uint32_t end) const {
+#pragma unroll
+        for (int i = 0; i < Plan::flight; ++i) {
+            if (at + i * warp_size < end) put<Plan::store>(reinterpret_cast<Access*>(page) + at + i * warp_size, held[i]);
+        }
+    }
+};
+
+template <class Access, Direction direction, class Plan>
+__global__ void __launch_bounds__(most_threads) copy_pages(const __grid_constant__ PagedPool pool, const Work work) {
+    const auto end = static_cast<uint32_t>(pool.page_bytes() / sizeof(Access));
     for (uint32_t index = first_warp(); index < work.num_tiles; index += num_warps()) {
-        const Tile tile = tile_at(index, work, pool);
+        const Tile tile = tile_at<Plan::order>(index, work, pool);
+        const uint32_t at = tile.part * (Plan::flight * warp_size) + threadIdx.x % warp_size;
         const int64_t page = __ldg(work.pages + tile.slot);
+        uint8_t* in_slab = nullptr;
+        if constexpr (direction != Direction::move)
+            in_slab = work.slab + tile.slot * slot_bytes(pool, Scheme::none) + payload_offset(pool, Scheme::none, tile.region);
+        Held<Plan, Access> held;
+        if constexpr (Plan::early) held.load(in_slab, at, end);
         if (!is_inside(page, tile, work, pool)) continue;
         uint8_t* in_pool = pool.base[tile.region] + page * pool.page_stride;
-        uint8_t* other;
-        if constexpr (direction == Direction::move) {
+        if constexpr (direction == Direction::scatter) {
+            if constexpr (!Plan::early) held.load(in_slab, at, end);
+            held.store(in_pool, at, end);
+        } else if constexpr (direction == Direction::gather) {
+            held.load(in_pool, at, end);
+            held.store(in_slab, at, end);
+        } else {
             const int64_t target = __ldg(work.targets + tile.slot);
             if (!is_inside(target, tile, work, pool)) continue;
-            other = pool.base[tile.region] + target * pool.page_stride;
-        } else {
-            other = work.slab + tile.slot * slot_bytes(pool, Scheme::none) + payload_offset(pool, Scheme::none, tile.region);
-        }
-        constexpr bool reads_slab = direction == Direction::scatter;
-        const auto* from = reinterpret_cast<const Access*>(reads_slab ? other : in_pool);
-        auto* to = reinterpret_cast<Access*>(reads_slab ? in_pool : other);
-        const uint32_t first = tile.part * (in_flight * warp_size) + lane;
-        Access held[in_flight];
-#pragma unroll
-        for (int i = 0; i < in_flight; ++i) {
-            if (first + i * warp_size < accesses) held[i] = from[first + i * warp_size];
-        }
-#pragma unroll
-        for (int i = 0; i < in_flight; ++i) {
-            if (first + i * warp_size < accesses) to[first + i * warp_size] = held[i];
+            held.load(in_pool, at, end);
+            held.store(pool.base[tile.region] + target * pool.page_stride, at, end);
         }
     }
 }
@@ -147,7 +199,7 @@ __device__ float scale_of(uint32_t largest) {
 
 // groups: quadruples of a row a thread holds; rows: rows a warp has in flight. The whole warp takes the same rows.
 template <class T, Scheme scheme, int groups, int rows>
-__global__ void __launch_bounds__(threads_per_block) compress_pages(const __grid_constant__ PagedPool pool, const Work work) {
+__global__ void __launch_bounds__(row_threads) compress_pages(const __grid_constant__ PagedPool pool, const Work work) {
     const int lane = threadIdx.x % warp_size;
     for (uint32_t index = first_warp(); index < work.num_tiles; index += num_warps()) {
         const Tile tile = tile_at(index, work, pool);
@@ -196,7 +248,7 @@ __global__ void __launch_bounds__(threads_per_block) compress_pages(const __grid
 }
 
 template <class T, Scheme scheme, int groups, int rows>
-__global__ void __launch_bounds__(threads_per_block) restore_pages(const __grid_constant__ PagedPool pool, const Work work) {
+__global__ void __launch_bounds__(row_threads) restore_pages(const __grid_constant__ PagedPool pool, const Work work) {
     const int lane = threadIdx.x % warp_size;
     for (uint32_t index = first_warp(); index < work.num_tiles; index += num_warps()) {
         const Tile tile = tile_at(index, work, pool);
@@ -239,16 +291,17 @@ __global__ void __launch_bounds__(threads_per_block) restore_pages(const __grid_
 // A warp a tile where max_blocks is 0: the device's own scheduler feeds the memory better than warps that loop, by 1 to 2 % of a
 // device copy. Else at most max_blocks, whose warps take tiles in turn.
 template <class Kernel>
-cudaError_t start(Kernel kernel, const PagedPool& pool, const Work& work, const Launch& launch) {
-    const int64_t needed = (int64_t{work.num_tiles} * warp_size + threads_per_block - 1) / threads_per_block;
+cudaError_t start(Kernel kernel, int threads, const PagedPool& pool, const Work& work, const Launch& launch) {
+    const int64_t needed = (int64_t{work.num_tiles} * warp_size + threads - 1) / threads;
     const int64_t blocks = launch.max_blocks > 0 && launch.max_blocks < needed ? launch.max_blocks : needed;
-    kernel<<<static_cast<unsigned>(blocks), threads_per_block, 0, launch.stream>>>(pool, work);
+    kernel<<<static_cast<unsigned>(blocks), threads, 0, launch.stream>>>(pool, work);
     return cudaGetLastError();
 }
 
 // False where the tiles cannot be counted in 31 bits: 4 TiB in 16-byte accesses.
 bool count_tiles(const PagedPool& pool, int64_t num_slots, int64_t tiles_per_page, Work& work) {
     const int64_t tiles = num_slots * pool.num_regions * tiles_per_page;
+    work.num_slots = static_cast<uint32_t>(num_slots);
     work.num_tiles = static_cast<uint32_t>(tiles);
     work.tiles_per_page = static_cast<uint32_t>(tiles_per_page);
     return tiles <= INT_MAX;
@@ -260,29 +313,32 @@ uintptr_t alignment_bits(const PagedPool& pool, const uint8_t* slab) {
     return bits;
 }
 
-template <Direction direction, class Access>
+template <Direction direction, class Plan, class Access>
 cudaError_t copy_as(const PagedPool& pool, int64_t num_slots, Work work, const Launch& launch) {
-    constexpr int64_t tile_bytes = sizeof(Access) * in_flight * warp_size;
+    static_assert(Plan::threads <= most_threads && Plan::threads % warp_size == 0, "whole warps, within the bound");
+    static_assert(direction == Direction::scatter || !Plan::early, "only a slab can be read before the page is known");
+    constexpr int64_t tile_bytes = sizeof(Access) * Plan::flight * warp_size;
     if (!count_tiles(pool, num_slots, (pool.page_bytes() + tile_bytes - 1) / tile_bytes, work)) return cudaErrorInvalidValue;
-    return start(copy_pages<Access, direction>, pool, work, launch);
+    return start(copy_pages<Access, direction, Plan>, Plan::threads, pool, work, launch);
 }
 
-template <Direction direction>
+template <Direction direction, class Plan>
 cudaError_t copy(const PagedPool& pool, int64_t num_slots, const Work& work, const Launch& launch) {
     const uintptr_t bits = alignment_bits(pool, work.slab);
-    if (bits % 16 == 0) return copy_as<direction, uint4>(pool, num_slots, work, launch);
-    if (bits % 8 == 0) return copy_as<direction, uint2>(pool, num_slots, work, launch);
-    if (bits % 4 == 0) return copy_as<direction, unsigned int>(pool, num_slots, work, launch);
-    if (bits % 2 == 0) return copy_as<direction, unsigned short>(pool, num_slots, work, launch);
-    return copy_as<direction, unsigned char>(pool, num_slots, work, launch);
+    if (bits % 16 == 0) return copy_as<direction, Plan, uint4>(pool, num_slots, work, launch);
+    if (bits % 8 == 0) return copy_as<direction, Plan, uint2>(pool, num_slots, work, launch);
+    if (bits % 4 == 0) return copy_as<direction, Plan, unsigned int>(pool, num_slots, work, launch);
+    if (bits % 2 == 0) return copy_as<direction, Plan, unsigned short>(pool, num_slots, work, launch);
+    return copy_as<direction, Plan, unsigned char>(pool, num_slots, work, launch);
 }
 
 template <Direction direction, class T, Scheme scheme, int groups>
 cudaError_t convert_rows(const PagedPool& pool, int64_t num_slots, Work work, const Launch& launch) {
-    constexpr int rows = in_flight / groups;
+    constexpr int rows = quads_in_flight / groups;
     if (!count_tiles(pool, num_slots, (pool.rows_per_page + rows - 1) / rows, work)) return cudaErrorInvalidValue;
-    if constexpr (direction == Direction::gather) return start(compress_pages<T, scheme, groups, rows>, pool, work, launch);
-    return start(restore_pages<T, scheme, groups, rows>, pool, work, launch);
+    if constexpr (direction == Direction::gather)
+        return start(compress_pages<T, scheme, groups, rows>, row_threads, pool, work, launch);
+    return start(restore_pages<T, scheme, groups, rows>, row_threads, pool, work, launch);
 }
 
 template <Direction direction, class T, Scheme scheme>
@@ -301,34 +357,34 @@ cudaError_t convert_elements(const PagedPool& pool, int64_t num_slots, const Wor
     return convert<direction, __half, scheme>(pool, num_slots, work, launch);
 }
 
-template <Direction direction>
+template <Direction direction, class Plan>
 cudaError_t transfer(const PagedPool& pool, Scheme scheme, int64_t num_slots, const Work& work, const Launch& launch) {
     if (num_slots == 0) return cudaSuccess;
-    if (scheme == Scheme::none) return copy<direction>(pool, num_slots, work, launch);
+    if (scheme == Scheme::none) return copy<direction, Plan>(pool, num_slots, work, launch);
     if (scheme == Scheme::int8) return convert_elements<direction, Scheme::int8>(pool, num_slots, work, launch);
     return convert_elements<direction, Scheme::fp8>(pool, num_slots, work, launch);
 }
 
 Work work_on(const int64_t* pages, const int64_t* targets, const uint8_t* slab, const Launch& launch) {
-    return {pages, targets, const_cast<uint8_t*>(slab), reinterpret_cast<unsigned long long*>(launch.faults), 0, 0};
+    return {pages, targets, const_cast<uint8_t*>(slab), reinterpret_cast<unsigned long long*>(launch.faults), 0, 0, 0};
 }
 
 }  // namespace
 
 cudaError_t gather_cuda(const PagedPool& pool, Scheme scheme, const int64_t* pages, int64_t num_slots, uint8_t* slab,
                         const Launch& launch) {
-    return transfer<Direction::gather>(pool, scheme, num_slots, work_on(pages, nullptr, slab, launch), launch);
+    return transfer<Direction::gather, GatherPlan>(pool, scheme, num_slots, work_on(pages, nullptr, slab, launch), launch);
 }
 
 cudaError_t scatter_cuda(const PagedPool& pool, Scheme scheme, const int64_t* pages, int64_t num_slots, const uint8_t* slab,
                          const Launch& launch) {
-    return transfer<Direction::scatter>(pool, scheme, num_slots, work_on(pages, nullptr, slab, launch), launch);
+    return transfer<Direction::scatter, ScatterPlan>(pool, scheme, num_slots, work_on(pages, nullptr, slab, launch), launch);
 }
 
 cudaError_t move_cuda(const PagedPool& pool, const int64_t* sources, const int64_t* targets, int64_t num_moves,
                       const Launch& launch) {
     if (num_moves == 0) return cudaSuccess;
-    return copy<Direction::move>(pool, num_moves, work_on(sources, targets, nullptr, launch), launch);
+    return copy<Direction::move, MovePlan>(pool, num_moves, work_on(sources, targets, nullptr, launch), launch);
 }
 
 }  // namespace megatron_rl::kv

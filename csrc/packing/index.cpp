@@ -90,4 +90,23 @@ void write(const std::vector<Family>& families, const Sizes& sizes, const Index&
     if (sizes.padding) writer.append(nullptr, sizes.padding, 0);
 }
 
+std::size_t num_predicted(const LossTokens& all, Rows rows) {
+    return static_cast<std::size_t>(
+        std::count_if(all.loss_rows, all.loss_rows + all.count, [rows](int64_t row) { return rows.holds(row); }));
+}
+
+void cut(const LossTokens& all, Rows rows, const LossSlice& slice) {
+    const LossSlice to = slice;  // local, as in append_loss
+    std::size_t at = 0;
+    for (std::size_t i = 0; i < all.count; ++i) {
+        if (!rows.holds(all.loss_rows[i])) continue;
+        to.loss_tokens[at] = static_cast<int64_t>(i);
+        to.loss_rows[at] = all.loss_rows[i] - rows.first;
+        to.targets[at] = all.targets[i];
+        to.sequence_ids[at] = all.sequence_ids[i];
+        to.log_probs[at] = all.log_probs[i];
+        to.versions[at++] = all.versions[i];
+    }
+}
+
 }  // namespace megatron_rl::packing

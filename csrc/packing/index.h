@@ -1,4 +1,5 @@
-// Where every token of a micro-batch lies: the tree of prompts and responses as flat arrays. Torch-free.
+// Where every token of a micro-batch lies: the tree of prompts and responses as flat arrays, whole and cut for context-parallel
+// ranks. Torch-free.
 #pragma once
 
 #include <cstddef>
@@ -49,5 +50,35 @@ struct Index {
 Sizes measure(const std::vector<Family>& families, std::size_t multiple);
 
 void write(const std::vector<Family>& families, const Sizes& sizes, const Index& index);
+
+// The rows of one context-parallel rank: equal and consecutive shares of a pack, because attention trades tokens for heads.
+struct Rows {
+    int64_t first, end;
+    bool holds(int64_t row) const { return row >= first && row < end; }
+};
+
+// Loss tokens of a whole pack, to read.
+struct LossTokens {
+    const int64_t* loss_rows;  // [count]
+    const int64_t* targets;
+    const int64_t* sequence_ids;
+    const float* log_probs;
+    const int32_t* versions;
+    std::size_t count;
+};
+
+// Those that a rank's rows predict, in the pack's order, to write.
+struct LossSlice {
+    int64_t* loss_tokens;  // [chosen] which of the pack's
+    int64_t* loss_rows;    // [chosen] counted from the rank's first row
+    int64_t* targets;
+    int64_t* sequence_ids;
+    float* log_probs;
+    int32_t* versions;
+};
+
+std::size_t num_predicted(const LossTokens& all, Rows rows);
+
+void cut(const LossTokens& all, Rows rows, const LossSlice& slice);
 
 }  // namespace megatron_rl::packing

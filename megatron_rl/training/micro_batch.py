@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_rl.kernels import packed_index
 from megatron_rl.training.attention import TreeParams, plan_attention, rotary_tables
 from megatron_rl.training.packing import PackedBatch
 
@@ -46,27 +47,24 @@ class Place:
 
 
 def prepare(packed: PackedBatch, index: int, place: Place) -> MicroBatch:
-    num_tokens = len(packed.token_ids)
-    assert num_tokens % place.context_size == 0, "the planner pads packs to a multiple of the context-parallel size"
-    size = num_tokens // place.context_size
-    mine = slice(place.context_rank * size, (place.context_rank + 1) * size)
-    chosen = (packed.loss_rows >= mine.start) & (packed.loss_rows < mine.stop)
+    """The planner has padded the pack to a multiple of the context-parallel size."""
+    own = packed_index.context_slice(packed, place.context_rank, place.context_size)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(place.device)
 
-    cos, sin = rotary_tables(tensor(packed.positions[mine]), place.inverse_frequencies)
-    plan = plan_attention(packed.branches, num_tokens, place.device)
+    cos, sin = rotary_tables(tensor(own.positions), place.inverse_frequencies)
+    plan = plan_attention(packed.branches, len(packed.token_ids), place.device)
     return MicroBatch(
         index=index,
-        token_ids=tensor(packed.token_ids[mine])[None],
+        token_ids=tensor(own.token_ids)[None],
         params=TreeParams(qkv_format="thd", plan=plan, cos=cos, sin=sin),
-        loss_rows=tensor(packed.loss_rows[chosen] - mine.start),
-        targets=tensor(packed.targets[chosen]),
-        sequence_ids=tensor(packed.sequence_ids[chosen]),
-        behaviour_log_probs=tensor(packed.behaviour_log_probs[chosen]),
-        weight_versions=tensor(packed.weight_versions[chosen]),
-        temperatures=tensor(packed.temperatures[chosen]),
+        loss_rows=tensor(own.loss_rows),
+        targets=tensor(own.targets),
+        sequence_ids=tensor(own.sequence_ids),
+        behaviour_log_probs=tensor(own.behaviour_log_probs),
+        weight_versions=tensor(own.weight_versions),
+        temperatures=tensor(packed.temperatures[own.loss_tokens]),
         advantages=tensor(packed.advantages),
         weights=tensor(packed.weights),
         group_ids=tensor(packed.group_ids),

@@ -1,4 +1,4 @@
-"""The layout of a pack in numpy, array by array: what csrc/packing/index.cpp is tested against and measured beside."""
+"""A pack and its slices in numpy, array by array: what csrc/packing/index.cpp is tested against and measured beside."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_rl.kernels.packed_index import PackedIndex
+from megatron_rl.kernels.packed_index import ContextSlice, PackedIndex
 from megatron_rl.types import TrainingSequence
 
 
@@ -50,6 +50,21 @@ def build(families: Sequence[Sequence[TrainingSequence]], multiple: int) -> Pack
         sequence_ids=_joined([np.full(int(m.loss_mask.sum()), i) for i, m in enumerate(everyone)], np.int64),
         behaviour_log_probs=_joined([m.behaviour_log_probs[m.loss_mask] for m in everyone], np.float32),
         weight_versions=_joined([m.weight_versions[m.loss_mask] for m in everyone], np.int32),
+    )
+
+
+def context_slice(index: PackedIndex, rank: int, size: int) -> ContextSlice:
+    rows = np.array_split(np.arange(len(index.token_ids)), size)[rank]
+    own = np.flatnonzero(np.isin(index.loss_rows, rows))
+    return ContextSlice(
+        token_ids=index.token_ids[rows],
+        positions=index.positions[rows],
+        loss_tokens=own,
+        loss_rows=np.searchsorted(rows, index.loss_rows[own]),
+        targets=index.targets[own],
+        sequence_ids=index.sequence_ids[own],
+        behaviour_log_probs=index.behaviour_log_probs[own],
+        weight_versions=index.weight_versions[own],
     )
 
 

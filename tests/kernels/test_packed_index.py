@@ -1,4 +1,4 @@
-"""The packed index is what numpy makes of the same sequences, to the element and the dtype."""
+"""The packed index, and each rank's slice of it, is what numpy makes of the same sequences, to the element and the dtype."""
 
 from __future__ import annotations
 
@@ -40,11 +40,42 @@ def families(draw: st.DrawFn) -> list[list[TrainingSequence]]:
 @settings(max_examples=60, deadline=None)
 @given(families(), st.integers(1, 16))
 def test_agrees_with_numpy(drawn, multiple):
-    found, expected = packed_index.build(drawn, multiple), packed_index_reference.build(drawn, multiple)
+    assert_same(packed_index.build(drawn, multiple), packed_index_reference.build(drawn, multiple))
+
+
+@settings(max_examples=60, deadline=None)
+@given(families(), st.integers(1, 6), st.integers(1, 3))
+def test_slices_agree_with_numpy_and_hold_every_row_and_loss_token_once(drawn, size, shares):
+    index = packed_index.build(drawn, size * shares)
+    slices = [packed_index.context_slice(index, rank, size) for rank in range(size)]
+    for rank, found in enumerate(slices):
+        assert_same(found, packed_index_reference.context_slice(index, rank, size))
+    assert np.array_equal(np.concatenate([s.token_ids for s in slices]), index.token_ids)
+    assert sorted(np.concatenate([s.loss_tokens for s in slices])) == list(range(len(index.loss_rows)))
+    starts = np.repeat(np.arange(size) * (len(index.token_ids) // size), [len(s.loss_rows) for s in slices])
+    in_pack = np.concatenate([s.loss_rows for s in slices]) + starts
+    assert np.array_equal(in_pack, index.loss_rows[np.concatenate([s.loss_tokens for s in slices])])
+
+
+def assert_same(found, expected):
     for name, array in vars(expected).items():
         assert np.array_equal(getattr(found, name), array), name
         if isinstance(array, np.ndarray):
             assert getattr(found, name).dtype == array.dtype, name
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "message"),
+    [
+        (0, 3, r"size: expected a divisor of 4 rows, got 3"),
+        (0, 0, "size: "),
+        (2, 2, r"rank: expected 0 .. 1, got 2"),
+        (-1, 2, "rank"),
+    ],
+)
+def test_slices_that_a_pack_does_not_have_are_refused(rank, size, message):
+    with pytest.raises(KernelError, match=message):
+        packed_index.context_slice(packed_index.build([[sequence(0, 2, [True] * 3)]], 4), rank, size)
 
 
 @pytest.mark.parametrize(
