@@ -207,8 +207,8 @@ def rows_of(name: str, trained: list[dict[str, Any]], peers: Peers, model: Model
         rows.append(_row(f"{name}: |engine - trainer| log-prob, mean", "nats", mean(found), limit=MISMATCH, samples=found))
     compares = demo.learns and not name.startswith(BASELINE)
     for phase in PHASES:
-        samples = [row[f"time/{phase}_s"] for row in trained if f"time/{phase}_s" in row]  # some only where turns are taken
-        if samples:
+        samples = [row.get(f"time/{phase}_s", 0.0) for row in trained]
+        if max(samples) > 1e-3:  # where no turns are taken, some phases are not there
             peer = peers.seconds.get(phase) if compares else None
             rows.append(_row(f"{name}: {phase}, median", "s", median(samples), peer=peer, samples=samples))
     num_gpus = len(demo.gpus.split(","))
