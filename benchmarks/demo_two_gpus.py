@@ -54,6 +54,8 @@ WAVE_S = 150.0  # longest wait for the first batches of a wave
 WRITE_S = 10.0  # between two results
 FIRST_PORT = 21000  # below those that the kernel gives to connections
 SERVER = {"grammar_backend": "none", "enable_fp32_lm_head": True, "disable_cuda_graph": True, "max_total_tokens": 150000}
+# A server refuses to start where what others take meanwhile leaves it less than the share that it may not use.
+ROOM = ["rollout.sglang.mem_fraction=0.8", "training.max_tokens_per_micro_batch=4096"]
 # SGLang's own all-reduce may use memory that is multicast over NVLink; NCCL obeys NCCL_NVLS_ENABLE=0.
 PAIR = {**SERVER, "disable_custom_all_reduce": True}
 # A server of two GPUs would refuse to start where other runs leave one of them a tenth less memory than the other.
@@ -129,7 +131,7 @@ class DemoRun:
             program = [__file__, "--rank-of", recipe]
         else:
             program = ["-m", "megatron_rl", "train", recipe]
-            overrides += ["run.checkpoint_every=1000", f"rollout.sglang.server_arguments={json.dumps(self.demo.server)}"]
+            overrides += [*ROOM, "run.checkpoint_every=1000", f"rollout.sglang.server_arguments={json.dumps(self.demo.server)}"]
         python = [sys.executable] if self.demo.ranks == 1 else torchrun(self.demo.ranks)
         environment = BESIDE_OTHERS if small else BESIDE_OTHERS | {"CUDA_VISIBLE_DEVICES": self.demo.gpus}
         self.job = Job([*python, *map(str, program), *overrides], self.folder / "ranks.log", environment)
@@ -193,7 +195,7 @@ class Peers:
         seconds = {}
         for phase in PHASES:
             theirs = [row["ours"] for row in one["rows"] if row["case"].endswith(f": {phase}, median")]
-            mine = [row[f"time/{phase}_s"] for rows in own.values() for row in rows]
+            mine = [row.get(f"time/{phase}_s", 0.0) for rows in own.values() for row in rows]
             if mine or theirs:
                 seconds[phase] = round(median(mine or theirs), 5)
         return Peers(curves, seconds)

@@ -106,6 +106,7 @@ def ending(jobs: list[Job]) -> Iterator[list[Job]]:
     try:
         yield jobs
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if left := [job for job in jobs if job.code is None]:
             with ThreadPoolExecutor(len(left)) as pool:
                 list(pool.map(Job.end, left))

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2 or importlib.util.find_spec("sglang") is None, reason="needs two CUDA devices and sglang"
 )
 SETTINGS = ["rollout.engine=sglang", "rollout.sglang.colocated=false", "rollout.sglang.attention_backend=triton", ARGUMENTS]
-SETTINGS += ["rollout.sglang.mem_fraction=0.3", "rollout.sglang.deterministic=true", "model.dtype=bfloat16"]
+SETTINGS += ["rollout.sglang.mem_fraction=0.6", "rollout.sglang.deterministic=true", "model.dtype=bfloat16"]
 SETTINGS += ["rollout.sglang.ready_timeout_s=90"]
 
 
