@@ -201,7 +201,7 @@ class Peers:
         return Peers(curves, seconds)
 
 
-def rows_of(name: str, trained: list[dict[str, Any]], peers: Peers, model: ModelConfig) -> list[Row]:
+def rows_of(name: str, trained: list[dict[str, Any]], peers: Peers, model: ModelConfig, device: str) -> list[Row]:
     demo = DEMOS[name]
     rows = learning(name, trained, peers) if demo.learns else kept_kv(name, trained)
     found = [row["mismatch/logp_abs_mean"] for row in trained if row["mismatch/logp_abs_mean"] > 0]
@@ -217,8 +217,7 @@ def rows_of(name: str, trained: list[dict[str, Any]], peers: Peers, model: Model
     gpu_seconds = [num_gpus * sum(row.get(f"time/{p}_s", 0.0) for p in PHASES) for row in trained]
     rates = [row["tokens/trained"] / s for row, s in zip(trained, gpu_seconds, strict=True)]
     rows.append(_row(f"{name}: trained tokens per GPU-second of an iteration, median", "tokens/s", median(rates), samples=rates))
-    peak = peak_tflops(device_name(torch.device("cuda"))) if torch.cuda.is_available() else None
-    if peak:
+    if peak := peak_tflops(device):
         flops = [matrix_flops(model, row["tokens/packed"], row["tokens/trained"]) for row in trained]
         shares = [f / s / 1e12 / peak for f, s in zip(flops, gpu_seconds, strict=True)]
         case = f"{name}: MFU of an iteration, generating and all, median"
@@ -279,13 +278,12 @@ def _row(
 
 def written(runs: Sequence[DemoRun], options: argparse.Namespace) -> list[Row]:
     """The rows of all batches so far, which are in the file now."""
-    peers = Peers.of(runs)
-    trained = {each.name: rows for each in runs if (rows := each.trained)}
-    rows = [row for each in runs if each.name in trained for row in rows_of(each.name, trained[each.name], peers, each.model)]
+    peers, device = Peers.of(runs), torch.device("cuda") if torch.cuda.is_available() else None
+    trained = {each.name: (each.model, rows) for each in runs if (rows := each.trained)}
+    rows = [row for name, (model, own) in trained.items() for row in rows_of(name, own, peers, model, device_name(device))]
     if rows:
-        curves = {f"{n}: {key}": [round(r.get(key, 0.0), 5) for r in rs] for n, rs in trained.items() for key in CURVES}
+        curves = {f"{n}: {key}": [round(r.get(key, 0.0), 5) for r in own] for n, (_, own) in trained.items() for key in CURVES}
         packages = ["torch", "megatron-core", "aiohttp"] + ([] if options.small else ["sglang"])
-        device = torch.device("cuda") if torch.cuda.is_available() else None
         write_result("demo_two_gpus", rows, ceilings={}, packages=packages, curves=curves, device=device, folder=options.out)
     return rows
 

@@ -17,7 +17,7 @@ from megatron_rl.model_config import ModelConfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import demo_two_gpus
-from demo_two_gpus import BASELINE, DEMOS, RECIPE, WAVES, DemoRun, measure
+from demo_two_gpus import BASELINE, DEMOS, RECIPE, WAVES, DemoRun, Peers, measure, rows_of
 from unattended import Clock
 
 SMOLLM2 = ModelConfig(
@@ -103,6 +103,22 @@ def test_a_run_that_never_trains_holds_up_nobody_for_long_and_is_called_missing(
     assert measure(options, Clock.of(1), tmp_path, begin) == 1
     assert [each.name for each in started] == options.only and all(each.told == ["over"] for each in started)
     assert "missing ['TP=2']" in capsys.readouterr().out
+
+
+def test_a_run_is_held_against_the_other_seeds_and_the_peak(options) -> None:
+    """Ten batches of 0.9 where one GPU's seeds have 0.7 and 0.8: the limit is as far below the lowest as they are apart."""
+    trained = [row(0.9) for _ in range(10)]
+    peers = Peers({f"{BASELINE}3": [0.7] * 10, "earlier": [0.8] * 10, "short": [0.1] * 3}, {"rollout": 3.0})
+    found = {r.case.removeprefix("half each: "): r for r in rows_of("half each", trained, peers, SMOLLM2, "NVIDIA H200")}
+    last = found["correctness, batches 8 to 10"]
+    assert (last.peer, last.limit, last.peer_name) == (0.75, 0.6, "one GPU, 2 seeds")
+    assert found["rollout, median"].ratio_to_peer == 1.5 and found["|engine - trainer| log-prob, mean"].ratio_to_limit == 5
+    assert found["trained tokens per GPU-second of an iteration, median"].ours == 900 / (2 * 3.0)
+    matrices = 30 * 576 * (2 * 576 + 2 * 192 + 3 * 1536) * 1000 + 49152 * 576 * 900
+    mfu = found["MFU of an iteration, generating and all, median"]
+    assert mfu.ours == round(6 * matrices / (2 * 3.0) / 989.4e12, 5)
+    own = rows_of(f"{BASELINE}3", trained, peers, SMOLLM2, "a CPU")
+    assert own[1].peer_name == "one GPU, 1 seeds" and not any("MFU" in r.case for r in own)
 
 
 def test_every_run_has_settings_that_fit_its_model_and_ports_of_its_own(tmp_path: Path, monkeypatch) -> None:
