@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rl.algorithms import make_algorithm
+from megatron_rl.algorithms import make_algorithm, silent_without_advantage
 from megatron_rl.config import Config
 from megatron_rl.data.samplers import make_sampler
 from megatron_rl.data.sources import load_prompts
@@ -33,7 +33,7 @@ from megatron_rl.rollout.buffer import ReplayBuffer
 from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.rollout.kept_kv import KeptKV
 from megatron_rl.rollout.scheduler import Rollout
-from megatron_rl.rollout.selection import share_without_loss, training_sequences
+from megatron_rl.rollout.selection import share_without_loss, training_sequences, with_advantage
 from megatron_rl.supervised.ptx import PTX
 from megatron_rl.types import Group, OutcomeKind, TrainingSequence
 
@@ -53,6 +53,7 @@ class Master:
             self.evaluation = IntervalEvaluation(config, self.tokenizer, self.prompts, self.scorer)
         self.shaping = Shaping(config.rewards)
         self.algorithm = make_algorithm(config.algorithm)
+        self._leaves_out = config.steps_per_iteration == 1 and silent_without_advantage(self.algorithm.objective)
         self.ptx = PTX(config, self.tokenizer, model) if config.algorithm.ptx.weight else None
         self.sampler = make_sampler(config.sampler, self.prompts.train, config.run.seed)
         self.buffer = ReplayBuffer(config.buffer_path, run_id=run_id)
@@ -126,7 +127,9 @@ class Master:
         return groups
 
     def sequences(self, groups: list[Group], iteration: int, version: int) -> list[list[TrainingSequence]]:
-        """Shaped rewards and advantages over whole groups, then one list of sequences for each optimizer step of one epoch."""
+        """Shaped rewards and advantages over whole groups, then one list of sequences for each optimizer step of one epoch.
+
+        Sequences that cannot move the weights are left out: in an iteration of one step, those without an advantage."""
         algorithm, training = self.config.algorithm, self.config.training
         rewards = torch.tensor([r for g in groups for r in self.shaping.rewards(g, iteration)], dtype=torch.float32)
         self._shaped_reward = float(rewards.mean())
@@ -151,7 +154,7 @@ class Master:
                     algorithm.loss_segments,
                     100 * empty,
                 )
-            minibatches.append(sequences)
+            minibatches.append(with_advantage(sequences) if self._leaves_out else sequences)
         if self.ptx:
             minibatches = [[*own, *self.ptx.draw(iteration, step)] for step, own in enumerate(minibatches)]
         return minibatches

@@ -24,6 +24,7 @@ from megatron_rl.algorithms.normalization import Normalization, sequence_weights
 from megatron_rl.algorithms.objective import Algorithm, MeasuredObjective, Objective, ObjectiveInputs
 from megatron_rl.algorithms.policy_gradient import PolicyGradient
 from megatron_rl.algorithms.regularized import Regularized
+from megatron_rl.algorithms.silence import silent_without_advantage
 from megatron_rl.algorithms.squared_residual import SquaredResidual
 from megatron_rl.config import AlgorithmConfig
 
@@ -83,4 +84,5 @@ __all__ = [
     "make_algorithm",
     "mirror_descent",
     "sequence_weights",
+    "silent_without_advantage",
 ]

@@ -70,7 +70,7 @@ def phases_card(run: RunData) -> str:
 
 def tokens_card(run: RunData) -> str:
     names = (("tokens/generated", "generated", 0), ("tokens/trained", "trained on", 1))
-    about = "Generated in an iteration, and trained on; partial rollouts carry the difference over."
+    about = "Generated in an iteration, and computed in training: without what has no advantage, where an iteration is one step."
     return _card("Tokens", about, *_averaged(run, names, floor=0.0))
 
 

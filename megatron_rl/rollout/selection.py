@@ -48,6 +48,16 @@ def training_sequences(
     ]
 
 
+def with_advantage(sequences: Sequence[TrainingSequence]) -> list[TrainingSequence]:
+    """Those whose advantage is not 0; where there is none, the shortest one, for a step needs a sequence.
+
+    Weights stay: the loss's denominator counts those left out. Exact where `algorithms.silent_without_advantage` holds and
+    the step is the only one of its iteration."""
+    found = [s for s in sequences if s.advantage != 0 and s.loss_mask.any()]
+    bearing = [s for s in sequences if s.loss_mask.any()]
+    return found or sorted(bearing, key=lambda s: len(s.prompt_ids) + len(s.response_ids))[:1]
+
+
 def share_without_loss(sequences: Sequence[TrainingSequence]) -> float:
     """Share of the sequences in which every token is masked; what `loss_segments: current` is warned of."""
     return sum(not s.loss_mask.any() for s in sequences) / len(sequences) if sequences else 0.0

@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_rl.algorithms import ALGORITHMS, Normalization, ObjectiveInputs, WithPTX, make_algorithm, sequence_weights
+from megatron_rl.algorithms import (
+    ALGORITHMS,
+    Normalization,
+    ObjectiveInputs,
+    WithPTX,
+    make_algorithm,
+    sequence_weights,
+    silent_without_advantage,
+)
 from megatron_rl.config import AlgorithmConfig
 from megatron_rl.config.loading import iter_settings
 from megatron_rl.errors import MegatronRLError
@@ -320,6 +328,26 @@ def test_equal_rewards_give_no_advantage_and_no_nan():
         assert torch.allclose(values, torch.ones(4) if name == "rest" else torch.zeros(4), atol=1e-6), name
     low = make_algorithm(AlgorithmConfig(name="rest", rest_threshold=0.3)).advantages(same, one_group)
     assert (low == 0).all(), "nothing is fitted in a group where nothing was right"
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_a_sequence_without_advantage_is_silent_at_the_reference_unless_a_term_speaks_for_it(name):
+    def silent(**settings) -> bool:
+        return silent_without_advantage(make_algorithm(AlgorithmConfig(name=name, **settings)).objective)
+
+    assert silent() == silent(kl_weight=0.1) == silent(importance_cap=1.2) == (name != "k25")  # k25 pulls to the engine
+    assert not silent(entropy_weight=0.01)
+
+
+def test_an_objective_that_couples_a_groups_members_leaves_none_out():
+    class MinusMeanLength:
+        def coefficients(self, inputs: ObjectiveInputs) -> torch.Tensor:
+            return inputs.token_advantages * inputs.num_tokens.mean()
+
+        def loss(self, inputs: ObjectiveInputs) -> torch.Tensor:
+            return -self.coefficients(inputs) * inputs.log_probs
+
+    assert not silent_without_advantage(MinusMeanLength())
 
 
 def test_rest_shares_its_weight_among_the_best():

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.algorithms import MirrorDescent
 from megatron_rl.errors import MegatronRLError
+from megatron_rl.rollout.selection import with_advantage
 from megatron_rl.weights import hf
 from tests.training.material import dense_log_probs, dense_steps, exported, flat, gradients, make_config, make_groups, make_model
 
@@ -56,6 +57,23 @@ def test_gradients_equal_a_dense_models(folder, make_trainer):
         torch.testing.assert_close(
             found[name], value / norm.clamp(min=1), rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("all_level", [False, True])
+def test_leaving_out_what_has_no_advantage_changes_no_gradient(all_level, folder, make_trainer):
+    level = [dataclasses.replace(s, advantage=0.0) if all_level or s.group_id % 2 else s for s in flat(make_groups())]
+    kept = with_advantage(level)
+    assert 0 < len(kept) < len(level)
+    outcomes = []
+    for sequences in (level, kept):
+        trainer = make_trainer(make_config(folder, training={"max_tokens_per_micro_batch": 25}))
+        metrics = trainer.step(trainer.distribute([sequences]), MirrorDescent(TAU), None)
+        outcomes.append((metrics, gradients(trainer)))
+    (whole, wanted), (less, found) = outcomes
+    assert less["tokens/trained"] < whole["tokens/trained"]
+    assert less["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5) and (whole["grad_norm"] > 0) != all_level
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_log_probs_are_those_of_the_dense_model(folder, make_trainer):
