@@ -41,20 +41,27 @@ def main() -> int:
     num_ranks = 2 if options.small else num_gpus()
     if not num_ranks:
         parser.error("no GPU here; --small tries the code on a CPU")
-    sizes = [size for size in SIZES if size <= num_ranks]
-    plan: dict[str, Any] = {"sizes": sizes, "layers": 2 if options.small else options.layers, "out": str(options.out.absolute())}
-    plan |= (
-        {"tokens": [512, 1024], "micro_batch": 256} if options.small else {"tokens": [1 << 15, 1 << 16], "micro_batch": 1 << 13}
-    )
-    plan |= {"tiny": TINY if options.small else {}, "command": sys.argv}
+    plan = plan_of(options.out, num_ranks, options.layers, small=options.small)
     with tempfile.TemporaryDirectory() as name, ending([]) as jobs:
         folder = Path(name)
         (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-        for rank in range(sizes[-1]):
+        for rank in range(plan["sizes"][-1]):
             jobs.append(Job([sys.executable, "-W", "ignore", str(RANK), str(folder), str(rank)], folder / f"rank{rank}.log"))
         while options.after and not options.after.exists() and all(job.code is None for job in jobs):
             time.sleep(0.2)
         return watch(jobs, folder, Clock.of(options.seconds))
+
+
+def plan_of(out: Path, num_ranks: int, layers: int, *, small: bool) -> dict[str, Any]:
+    """What the ranks read: what to measure, and where results go."""
+    plan: dict[str, Any] = {
+        "sizes": [size for size in SIZES if size <= num_ranks],
+        "command": sys.argv,
+        "out": str(out.absolute()),
+    }
+    if small:
+        return plan | {"layers": 2, "shape": TINY, "tokens": [512, 1024], "micro_batch": 256}
+    return plan | {"layers": layers, "shape": {}, "tokens": [1 << 15, 1 << 16], "micro_batch": 1 << 13}
 
 
 def watch(jobs: list[Job], folder: Path, clock: Clock) -> int:

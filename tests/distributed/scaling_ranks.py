@@ -14,10 +14,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 def measure(folder: str) -> int:
     sys.path.insert(0, str(BENCHMARKS))
-    from scaling import TINY
+    from scaling import plan_of
 
-    plan = {"sizes": [1, 2], "command": ["scaling.py"], "out": folder, "layers": 2, "shape": TINY}
-    plan |= {"tokens": [256], "micro_batch": 128}
+    plan = plan_of(Path(folder), num_ranks=2, layers=8, small=True) | {"tokens": [256]}
     (Path(folder) / "plan.json").write_text(json.dumps(plan))
     (Path(folder) / "begin").write_text(str(time.time() + 100))
     return run_ranks(run_rank, 2, Path(folder))
