@@ -28,7 +28,7 @@ from gpu_timing import Clock, command_line
 from launched import ended_ranks
 from result_file import Row, write_result
 
-from megatron_rl.algorithms import MirrorDescent
+from megatron_rl.algorithms.mirror_descent import MirrorDescent
 from megatron_rl.config import Config
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import parallel

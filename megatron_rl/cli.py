@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import rich
 import typer
@@ -112,7 +112,8 @@ def evaluate(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="also write the result as a page")] = None,
 ) -> None:
-    """Score a model on the prompts that training never draws, or on a set: a table on stderr, a JSON object on stdout."""
+    """Score a model on the prompts that training never draws, or on a set: tables on stderr, one JSON object on stdout:
+    the evaluation, or with both --greedy and --sampled an object of these two."""
     if list_sets:
         _wide_console().print(sets_table())
         return
@@ -128,20 +129,19 @@ def evaluate(
     settings = configuration.load_bare(config, overrides) if is_bare else configuration.load(config, overrides)
     _start_logging()
     from megatron_rl.evaluate import Way, evaluate_ways
+    from megatron_rl.report.evaluation import evaluation_page, evaluation_table, record_evaluation
+    from megatron_rl.run_folder import write_atomically
 
     ways = [*([Way(True)] if greedy or not sampled else []), *([Way(False, samples)] if sampled else [])]
-    for result in evaluate_ways(settings, model or settings.model.folder, ways, split=questions or split.value):
-        Console(stderr=True).print(scores_table(result))
-        typer.echo(json.dumps(result, indent=2))
-        if html:
-            from megatron_rl.report.evaluation import evaluation_page
-            from megatron_rl.run_folder import write_atomically
-
-            write_atomically(html, evaluation_page(result))
-        if record:
-            from megatron_rl.report.evaluation import record_evaluation
-
-            settings.run.folder.mkdir(parents=True, exist_ok=True)
+    results = evaluate_ways(settings, model or settings.model.folder, ways, split=questions or split.value)
+    for result in results:
+        Console(stderr=True).print(evaluation_table(result))
+    typer.echo(json.dumps(results[0] if len(results) == 1 else dict(zip(("greedy", "sampled"), results, strict=True)), indent=2))
+    if html:
+        write_atomically(html, evaluation_page(results[0]))
+    if record:
+        settings.run.folder.mkdir(parents=True, exist_ok=True)
+        for result in results:
             record_evaluation(settings.run.folder, record.value, result)
 
 
@@ -331,15 +331,6 @@ def doctor(
     findings = examine(config, overrides)
     show(findings, _wide_console())
     raise typer.Exit(1 if any(f.state is State.MISSING for f in findings) else 0)
-
-
-def scores_table(result: dict[str, Any]) -> Table:
-    """What one evaluation found."""
-    table = Table("", "mean", "95 % interval", box=None, pad_edge=False)
-    for score in result["scores"]:
-        table.add_row(score["name"], f"{score['mean']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}")
-    table.add_row("tokens", f"{result['mean_tokens']:.1f}", "")
-    return table
 
 
 def sets_table() -> Table:

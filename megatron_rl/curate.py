@@ -23,7 +23,7 @@ from megatron_rl.answering import answer, in_order, sampling_at
 from megatron_rl.config import Config, dump
 from megatron_rl.data import curation
 from megatron_rl.data.curation import Verdict
-from megatron_rl.data.evaluation_sets import check_answers, check_room
+from megatron_rl.data.evaluation_sets import check_room
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
@@ -64,8 +64,7 @@ def curate(config: Config, model_folder: Path, out: Path, rules: Rules) -> dict[
     Raises DataError for prompts that cannot be answered or judged, where `out` holds another curation, and where nothing is left
     to keep."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
-    prompts = load_prompts(config.data, tokenizer).train
-    check_answers(prompts, "train", [term.name for term in config.rewards.terms])
+    prompts = load_prompts(config.data, tokenizer, terms=config.rewards.names).train
     check_room(prompts, "train", model_folder)
     out.mkdir(parents=True, exist_ok=True)
     decisive = {key: value for key, value in asdict(rules).items() if key != "in_flight"}

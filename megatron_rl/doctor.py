@@ -220,11 +220,18 @@ def contents(config: Config) -> Iterator[Finding]:
         configuration.check_model(config, shape)
         return f"{config.model.folder}: {shape.family}, {shape.num_layers} layers of {shape.hidden_size}"
 
+    def algorithm() -> str:
+        from megatron_rl.algorithms import make_algorithm
+
+        make_algorithm(config.algorithm)
+        return config.algorithm.name
+
     def prompts() -> str:
         from megatron_rl.data.sources import load_prompts
         from megatron_rl.data.tokenizer import ChatTokenizer
 
-        found = load_prompts(config.data, ChatTokenizer.from_folder(config.model.folder))
+        tokenizer = ChatTokenizer.from_folder(config.model.folder)
+        found = load_prompts(config.data, tokenizer, terms=config.rewards.names)
         return f"{len(found.train):,} to train on, {len(found.held_out):,} held out"
 
     def rewards() -> str:
@@ -237,6 +244,7 @@ def contents(config: Config) -> Iterator[Finding]:
         )
 
     yield _tried("model", model)
+    yield _tried("algorithm", algorithm)
     yield _tried("prompts", prompts)
     yield _tried("rewards", rewards)
 

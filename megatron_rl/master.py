@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rl.algorithms import make_algorithm, silent_without_advantage
+from megatron_rl.algorithms import make_algorithm
+from megatron_rl.algorithms.silence import silent_without_advantage
 from megatron_rl.config import Config
 from megatron_rl.data.samplers import make_sampler
 from megatron_rl.data.sources import load_prompts
@@ -46,7 +47,7 @@ class Master:
     def __init__(self, config: Config, model: ModelConfig, run_id: str, runner: asyncio.Runner) -> None:
         self.config, self.model, self.runner = config, model, runner
         self.tokenizer = ChatTokenizer.from_folder(config.model.folder)
-        self.prompts = load_prompts(config.data, self.tokenizer)
+        self.prompts = load_prompts(config.data, self.tokenizer, terms=config.rewards.names)
         self.scorer = Scorer(config.rewards, config.rollout.repetition.penalty)
         self.evaluation: IntervalEvaluation | None = None
         if config.evaluation.every:
@@ -55,7 +56,9 @@ class Master:
         self.algorithm = make_algorithm(config.algorithm)
         self._leaves_out = config.steps_per_iteration == 1 and silent_without_advantage(self.algorithm.objective)
         self.ptx = PTX(config, self.tokenizer, model) if config.algorithm.ptx.weight else None
-        self.sampler = make_sampler(config.sampler, self.prompts.train, config.run.seed)
+        self.sampler = make_sampler(
+            config.sampler, self.prompts.train, config.run.seed, batch=config.rollout.groups_per_iteration
+        )
         self.buffer = ReplayBuffer(config.buffer_path, run_id=run_id)
         self.metrics = MetricsLog(config.run.folder, config.report.tensorboard)
         self.progress = Progress(config.run.iterations)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from megatron_rl.answering import Response, answer, sampling_at
 from megatron_rl.config import Config
-from megatron_rl.data.evaluation_sets import check_answers, check_room
+from megatron_rl.data.evaluation_sets import check_room
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.data.tokenizer import ChatTokenizer
 from megatron_rl.errors import DataError
@@ -75,8 +75,7 @@ def write_data(config: Config, model_folder: Path, out: Path, rules: Rules) -> d
     """Sample, score, select; returns the report. Raises DataError for prompts that cannot be answered or judged, and when no
     response is kept: the file would be empty."""
     tokenizer = ChatTokenizer.from_folder(model_folder)
-    prompts = load_prompts(config.data, tokenizer).train
-    check_answers(prompts, "train", [term.name for term in config.rewards.terms])
+    prompts = load_prompts(config.data, tokenizer, terms=config.rewards.names).train
     check_room(prompts, "train", model_folder)
     out.mkdir(parents=True, exist_ok=True)
     _check_settings(out, config, model_folder, rules.samples, prompts)

@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from megatron_rl.algorithms import Objective, make_algorithm
+from megatron_rl.algorithms import make_algorithm
+from megatron_rl.algorithms.objective import Objective
 from megatron_rl.config import Config, check_model, check_world
 from megatron_rl.errors import EngineError, TrainingError
 from megatron_rl.master import Master
@@ -109,6 +110,7 @@ class Run:
 @contextmanager
 def open_run(config: Config) -> Iterator[Run]:
     """Build everything, resume if there is something to resume, publish the weights; close all on the way out."""
+    make_algorithm(config.algorithm)  # values that it cannot use are said before a process group is there
     model = ModelConfig.from_folder(config.model.folder)
     check_model(config, model)
     ranks = parallel.initialize(config)

@@ -81,7 +81,9 @@ def test_a_picture_shows_every_seed_and_each_mean_and_says_what_was_cut(scripts)
     dots = ElementTree.fromstring(scatter("", {"a": [(2, 0.5), (4, 0.7)], "b": [(3, 0.6)]}, "")).iter(CIRCLE)
     means = {(c.get("cx"), c.get("cy")) for c in dots if c.get("r") == "5"}
     assert len(means) == 1  # both models need 3 tokens and are right in 0.6
-    assert "Seeds 0, 1, 2" in picture and "the first 6 batches" in picture
+    assert "Seeds 0, 1, 2 (faint), their mean; 7 to 9 iterations, cut at batch 6; means of 5." in picture
+    whole = run.drawn(run.ABLATIONS["rest_chain"], {"a": arms["a"][:1], "b": arms["a"][1:2]}, [0])
+    assert "Seeds 0 (faint), their mean; 9 iterations, nothing cut; means of 5." in whole
 
 
 def test_every_arm_is_a_configuration_that_the_package_accepts(scripts) -> None:

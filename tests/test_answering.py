@@ -74,7 +74,7 @@ def test_prompts_that_cannot_be_judged_or_answered_are_refused_before_an_engine_
     long = f"data.system_message={'x' * 600}"
     for command in commands:
         for settings, message in (
-            (["rewards.terms=[]"], "36 of its 36 prompts have no reference answer"),
+            (["rewards.terms=[]"], r"`answer` is blank, and exact compares .*\(36 of 36 questions"),
             ([long, "data.max_prompt_tokens=1000"], "leave no room for a response in the model's context of 512 tokens"),
         ):
             with pytest.raises(DataError, match=message):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.algorithms import MirrorDescent
+from megatron_rl.algorithms.mirror_descent import MirrorDescent
 from tests.training.conftest import make_trainer  # noqa: F401  a fixture
 from tests.training.material import exported, flat, make_config, make_groups, make_model
 

@@ -185,13 +185,17 @@ def test_eval_prints_and_records_the_greedy_and_the_sampled_result(run, config_f
         seen.update(model=model_folder, ways=ways, split=split)
         scores = [{"name": "pass@1", "mean": 0.5, "low": 0.0, "high": 1.0}]
         found = {"model": str(model_folder), "n": 2, "mean": 0.5, "low": 0.0, "high": 1.0, "mean_tokens": 3.0, "scores": scores}
+        found |= {"split": split, "temperature": 1.0}
         return [found | {"greedy": way.greedy, "samples": way.samples} for way in ways]
 
     stub(monkeypatch, "megatron_rl.evaluate", evaluate_ways=evaluate_ways, Way=Way)
-    code, out, _ = run("eval", config_file, "--model", tmp_path, "--record", "after")
-    assert code == 0 and '"mean": 0.5' in out
+    code, out, err = run("eval", config_file, "--model", tmp_path, "--record", "after")
+    assert code == 0 and json.loads(out)["mean"] == 0.5 and "held_out, greedy" in err
     assert seen == {"model": tmp_path, "split": "held_out", "ways": [Way(greedy=True)]}
-    assert run("eval", config_file, "--model", tmp_path, "--record", "after", "--greedy", "--sampled", "--samples", "4")[0] == 0
+    both = ("--greedy", "--sampled", "--samples", "4")
+    code, out, err = run("eval", config_file, "--model", tmp_path, "--record", "after", *both)
+    assert code == 0 and "held_out, greedy" in err and "held_out, temperature 1" in err
+    assert {name: way["samples"] for name, way in json.loads(out).items()} == {"greedy": 1, "sampled": 4}, "one document"
     assert seen["ways"] == [Way(greedy=True), Way(greedy=False, samples=4)]
     recorded = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]
     assert (recorded["greedy"], recorded["sampled_mean"], recorded["sampled_samples"]) == (True, 0.5, 4)

@@ -163,10 +163,19 @@ def test_a_missing_file_is_named(tmp_path):
         (["training.minibatches=5"], "training.minibatches=5: more than rollout.groups_per_iteration=4"),
         (["rewards.budget.by_tag={a: 5}"], "rewards.budget.by_tag=.*needs rewards.budget.tag"),
         (["rewards.terms=[{name: exact, range: [1, 0]}]"], r"rewards.terms.0.range=\[1.0, 0.0\]: the first must be below"),
-        (["algorithm.clip_low=0.1"], "algorithm.clip_low=0.1: mirror_descent does not clip; unset it"),
-        (["algorithm.name=ppo", "algorithm.clip_low=2"], "algorithm.clip_low=2.0: a ratio cannot fall more than 1"),
-        (["algorithm.name=k25", "algorithm.importance_cap=2"], "algorithm.importance_cap=2.0: k25's ratio is to the behaviour"),
-        (["algorithm.name=grpo", "algorithm.baseline=log_z"], "algorithm.baseline=log_z: only mirror_descent and k2 .*grpo has"),
+        (
+            ["algorithm.name=ppgo"],
+            "algorithm.name=ppgo: no such algorithm; the nearest is ppo, and there are mirror_descent",
+        ),
+        (
+            ["algorithm.clip_low=0.1"],
+            "algorithm.clip_low=0.1: mirror_descent does not use it; unset it, or .* of k25, ppo,",
+        ),
+        (["algorithm.name=k25", "algorithm.importance_cap=2"], "algorithm.importance_cap=2.0: k25 does not use it; unset it"),
+        (
+            ["algorithm.name=grpo", "algorithm.baseline=log_z"],
+            "algorithm.baseline=log_z: grpo does not use it; .*one of mirror_descent, k2$",
+        ),
         (["data.source=reasoning_gym"], "data.task: required when data.source is reasoning_gym"),
         (["data.set=gsm_symbolic"], "data.set=gsm_symbolic: gives reasoning_gym's task and its options; set data.source"),
         (["evaluation.every=1"], "evaluation.sets: held_out is empty with data.held_out=0; set that, or name other sets"),

@@ -83,7 +83,7 @@ def test_a_sampling_that_was_killed_goes_on_to_the_same_files_and_they_can_be_tr
     with pytest.raises(DataError, match="sampled with other settings or prompts; choose another folder"):
         write_data(config, model, answers.parent, Rules(samples=7))
     load = rejection.load_prompts
-    monkeypatch.setattr(rejection, "load_prompts", lambda *given: replace(p := load(*given), train=p.train[::-1]))
+    monkeypatch.setattr(rejection, "load_prompts", lambda *a, **k: replace(p := load(*a, **k), train=p.train[::-1]))
     with pytest.raises(DataError, match="or prompts"):  # the file changed under its name: answers would get other questions
         write_data(config, model, answers.parent, rules)
 

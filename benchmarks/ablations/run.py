@@ -44,6 +44,11 @@ class Measured:
         """The rows of iterations that trained."""
         return [row for row in self.rows if "reward/correct" in row]
 
+    @property
+    def num_iterations(self) -> int:
+        """With those of a partial run that had no whole batch yet; an evaluation after the last has no time of its own."""
+        return sum("time/train_s" in row for row in self.rows)
+
     def curve(self, key: str) -> list[float]:
         return [row[key] for row in self.batches]
 
@@ -244,7 +249,7 @@ def common_length(curves: Sequence[Sequence[Any]]) -> int:
 
 
 def drawn(ablation: Ablation, arms: Mapping[str, Sequence[Measured]], seeds: Sequence[int]) -> str:
-    names = f"Seeds {', '.join(map(str, seeds))} (faint) and their mean; "
+    names = f"Seeds {', '.join(map(str, seeds))} (faint), their mean; "
     first = next(iter(arms.values()))[0]
     if not ablation.comparable_batches:
         panels = [
@@ -265,7 +270,15 @@ def drawn(ablation: Ablation, arms: Mapping[str, Sequence[Measured]], seeds: Seq
         for key, (heading, floor, ceiling) in PANELS.items()
         if key in shown(ablation)
     ]
-    return draw(ablation.title, panels, f"{names}the first {length} batches of 128 responses, means of 5.")
+    return draw(ablation.title, panels, f"{names}{cut([run for runs in arms.values() for run in runs], length)}; means of 5.")
+
+
+def cut(runs: Sequence[Measured], num_batches: int) -> str:
+    """How long the runs were, and what of them is not shown."""
+    iterations = sorted({run.num_iterations for run in runs})
+    said = " to ".join(str(n) for n in dict.fromkeys((iterations[0], iterations[-1])))
+    is_whole = all(len(run.batches) == num_batches for run in runs)
+    return f"{said} iterations, {'nothing cut' if is_whole else f'cut at batch {num_batches}'}"
 
 
 if __name__ == "__main__":

@@ -1,52 +1,46 @@
 """Algorithms as pure functions of tensors: advantages over whole groups, a denominator, an objective per micro-batch.
 
-Adding one is a file with its objective, a line in `ALGORITHMS` and its name among the choices of `algorithm.name`.
-Next: `objective.py`, then `mirror_descent.py`.
+Each published one is a file here with its formula, its source and `algorithm(config) -> Algorithm`. Adding one is such a file
+and a line in `ALGORITHMS`. This module imports no tensors, so that settings are checked at once. Next: `objective.py`, then
+`mirror_descent.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from megatron_rl.algorithms.objective import Algorithm
+    from megatron_rl.config import AlgorithmConfig
 
-from megatron_rl.algorithms.advantages import best_only, centred, leave_one_out, standardized, whitened
-from megatron_rl.algorithms.cispo import ClippedWeight
-from megatron_rl.algorithms.clipped_ratio import ClippedRatio
-from megatron_rl.algorithms.cross_entropy import CrossEntropy, WithPTX
-from megatron_rl.algorithms.dpo import DPO
-from megatron_rl.algorithms.gspo import SequenceRatio
-from megatron_rl.algorithms.importance import TruncatedImportance
-from megatron_rl.algorithms.masked_ratio import MaskedRatio
-from megatron_rl.algorithms.mirror_descent import MirrorDescent, advantages, mirror_descent
-from megatron_rl.algorithms.normalization import Normalization, sequence_weights
-from megatron_rl.algorithms.objective import Algorithm, MeasuredObjective, Objective, ObjectiveInputs
-from megatron_rl.algorithms.policy_gradient import PolicyGradient
-from megatron_rl.algorithms.regularized import Regularized
-from megatron_rl.algorithms.silence import silent_without_advantage
-from megatron_rl.algorithms.squared_residual import SquaredResidual
-from megatron_rl.config import AlgorithmConfig
-
-N = Normalization
-ALGORITHMS: dict[str, Callable[[AlgorithmConfig], Algorithm]] = {
-    "mirror_descent": lambda c: Algorithm(_baseline(c), N.SEQUENCE, MirrorDescent(c.tau, c.level)),
-    "k2": lambda c: Algorithm(_baseline(c), N.SEQUENCE, SquaredResidual(c.tau)),
-    "k25": lambda c: Algorithm(centred, N.GROUP_TOKENS, MaskedRatio(c.tau, -_low(c, 1.0), _high(c, 1.0))),
-    "rest": lambda c: Algorithm(partial(best_only, threshold=c.rest_threshold), N.SEQUENCE, PolicyGradient()),
-    "rloo": lambda c: Algorithm(leave_one_out, N.SEQUENCE, PolicyGradient()),
-    "ppo": lambda c: Algorithm(centred, N.BATCH_TOKENS, ClippedRatio(_low(c, 0.2), _high(c, 0.2))),
-    "grpo": lambda c: Algorithm(standardized, N.RESPONSE_TOKENS, ClippedRatio(_low(c, 0.2), _high(c, 0.2))),
-    "dr_grpo": lambda c: Algorithm(centred, N.CONSTANT, ClippedRatio(_low(c, 0.2), _high(c, 0.2))),
-    "reinforce_pp": lambda c: Algorithm(whitened, N.BATCH_TOKENS, ClippedRatio(_low(c, 0.2), _high(c, 0.2))),
-    "gspo": lambda c: Algorithm(standardized, N.RESPONSE_TOKENS, SequenceRatio(_low(c, 3e-4), _high(c, 4e-4))),
-    "cispo": lambda c: Algorithm(standardized, N.BATCH_TOKENS, ClippedWeight(_low(c, 1.0), _high(c, 0.2))),
+BOUNDS = ("clip_low", "clip_high")
+ALGORITHMS: dict[str, tuple[str, ...]] = {  # file -> the settings of `algorithm` it reads that not all do
+    "mirror_descent": ("baseline", "level", "importance_cap"),
+    "k2": ("baseline", "importance_cap"),
+    "k25": BOUNDS,
+    "rest": ("rest_threshold", "importance_cap"),
+    "rloo": ("importance_cap",),
+    "ppo": (*BOUNDS, "importance_cap"),
+    "grpo": (*BOUNDS, "importance_cap"),
+    "dr_grpo": (*BOUNDS, "importance_cap"),
+    "reinforce_pp": (*BOUNDS, "importance_cap"),
+    "gspo": (*BOUNDS, "importance_cap"),
+    "cispo": (*BOUNDS, "importance_cap"),
 }
 
 
 def make_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The algorithm that `algorithm.name` asks for, with the correction and the terms that are on."""
-    made = ALGORITHMS[config.name](config)
+    """The algorithm that `algorithm.name` asks for, with the correction and the terms that are on.
+
+    Raises ConfigError for a value that the algorithm cannot use."""
+    from megatron_rl.algorithms.cross_entropy import WithPTX
+    from megatron_rl.algorithms.importance import TruncatedImportance
+    from megatron_rl.algorithms.objective import Algorithm
+    from megatron_rl.algorithms.regularized import Regularized
+
+    assert config.name in ALGORITHMS, f"{config.name}: the configuration refuses it"
+    made: Algorithm = import_module(f"{__name__}.{config.name}").algorithm(config)
     objective = made.objective
     if config.importance_cap is not None:
         objective = TruncatedImportance(objective, config.importance_cap)
@@ -55,34 +49,3 @@ def make_algorithm(config: AlgorithmConfig) -> Algorithm:
     if config.ptx.weight:
         objective = WithPTX(objective)
     return Algorithm(made.advantages, made.normalization, objective)
-
-
-def _baseline(c: AlgorithmConfig) -> Callable[..., torch.Tensor]:
-    return partial(advantages, baseline=c.baseline, tau=c.tau)
-
-
-def _low(c: AlgorithmConfig, default: float) -> float:
-    return default if c.clip_low is None else c.clip_low
-
-
-def _high(c: AlgorithmConfig, default: float) -> float:
-    return default if c.clip_high is None else c.clip_high
-
-
-__all__ = [
-    "ALGORITHMS",
-    "DPO",
-    "Algorithm",
-    "CrossEntropy",
-    "MeasuredObjective",
-    "MirrorDescent",
-    "Normalization",
-    "Objective",
-    "ObjectiveInputs",
-    "WithPTX",
-    "advantages",
-    "make_algorithm",
-    "mirror_descent",
-    "sequence_weights",
-    "silent_without_advantage",
-]

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.algorithms.objective import ObjectiveInputs
+from megatron_rl.algorithms.advantages import standardized
+from megatron_rl.algorithms.clipped_ratio import ratio_bounds
+from megatron_rl.algorithms.normalization import Normalization
+from megatron_rl.algorithms.objective import Algorithm, ObjectiveInputs
+from megatron_rl.config import AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -25,3 +29,7 @@ class ClippedWeight:
 
     def loss(self, inputs: ObjectiveInputs) -> torch.Tensor:
         return -inputs.weights[inputs.sequence_ids] * self.coefficients(inputs) * inputs.log_probs
+
+
+def algorithm(config: AlgorithmConfig) -> Algorithm:
+    return Algorithm(standardized, Normalization.BATCH_TOKENS, ClippedWeight(*ratio_bounds(config, 1.0, 0.2)))

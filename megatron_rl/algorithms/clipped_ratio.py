@@ -1,13 +1,7 @@
-"""PPO's clipped objective (arXiv 1707.06347, equation 7), per token, with the asymmetric bounds of DAPO (arXiv 2503.14476):
+"""PPO's clipped objective per token, which several algorithms share; its formula and source: `ppo.py`.
 
-    -min( ratio_t A_j, clip(ratio_t, 1 - low, 1 + high) A_j ),     ratio_t = pi(y_t) / pi_i(y_t).
-
-pi_i is the policy at the iteration's start, computed by the trainer: the proximal policy of decoupled PPO
-(arXiv 2110.00641). What sampled the token may be older or another engine: `importance.py` corrects for that, apart.
-The same objective serves `ppo` (A centred, mean over the step's tokens; departure: no value network), `grpo`
-(arXiv 2402.03300: A standardized, mean over each response), `dr_grpo` (arXiv 2503.20783: A centred, constant denominator) and
-`reinforce_pp` (arXiv 2501.03262: A whitened over the batch, mean over tokens; departure: its KL is `algorithm.kl_weight`, in the
-coefficient of each token, not in the reward that is whitened).
+ratio_t = pi(y_t) / pi_i(y_t). pi_i is the policy at the iteration's start, computed by the trainer: the proximal policy of
+decoupled PPO (arXiv 2110.00641). What sampled the token may be older or another engine: `importance.py` corrects for that, apart.
 """
 
 from __future__ import annotations
@@ -17,6 +11,17 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rl.algorithms.objective import ObjectiveInputs
+from megatron_rl.config import AlgorithmConfig
+from megatron_rl.errors import ConfigError
+
+
+def ratio_bounds(config: AlgorithmConfig, low: float, high: float) -> tuple[float, float]:
+    """How far a ratio may fall below 1 and rise above it: as set, else `low` and `high`, the authors' own.
+
+    Raises ConfigError for a fall of more than 1."""
+    if config.clip_low is not None and config.clip_low > 1:
+        raise ConfigError(f"algorithm.clip_low={config.clip_low}: a ratio cannot fall more than 1 below 1; set it to 1 or less")
+    return low if config.clip_low is None else config.clip_low, high if config.clip_high is None else config.clip_high
 
 
 @dataclass(frozen=True)

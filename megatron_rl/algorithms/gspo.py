@@ -12,7 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.algorithms.objective import ObjectiveInputs
+from megatron_rl.algorithms.advantages import standardized
+from megatron_rl.algorithms.clipped_ratio import ratio_bounds
+from megatron_rl.algorithms.normalization import Normalization
+from megatron_rl.algorithms.objective import Algorithm, ObjectiveInputs
+from megatron_rl.config import AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -35,3 +39,7 @@ class SequenceRatio:
     def _ratios(inputs: ObjectiveInputs) -> torch.Tensor:
         """float32 [sequences]"""
         return (inputs.log_ratios / inputs.num_tokens.clamp(min=1)).exp()
+
+
+def algorithm(config: AlgorithmConfig) -> Algorithm:
+    return Algorithm(standardized, Normalization.RESPONSE_TOKENS, SequenceRatio(*ratio_bounds(config, 3e-4, 4e-4)))

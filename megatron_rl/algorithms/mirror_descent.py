@@ -9,13 +9,17 @@ Departure, off by default: `level="token"` penalises each token's own log-ratio 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from megatron_rl.algorithms.advantages import over_groups
-from megatron_rl.algorithms.objective import ObjectiveInputs
+from megatron_rl.algorithms.normalization import Normalization
+from megatron_rl.algorithms.objective import Algorithm, ObjectiveInputs
+from megatron_rl.config import AlgorithmConfig
 
 Baseline = Literal["mean", "log_z"]
 Level = Literal["sequence", "token"]
@@ -51,6 +55,15 @@ class MirrorDescent:
     def _penalized(self, inputs: ObjectiveInputs) -> torch.Tensor:
         """float32 [tokens]: the log-ratio whose square is the penalty."""
         return inputs.log_ratios[inputs.sequence_ids] if self.level == "sequence" else inputs.token_log_ratios
+
+
+def baseline_of(config: AlgorithmConfig) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`advantages` as `algorithm.baseline` says."""
+    return partial(advantages, baseline=config.baseline, tau=config.tau)
+
+
+def algorithm(config: AlgorithmConfig) -> Algorithm:
+    return Algorithm(baseline_of(config), Normalization.SEQUENCE, MirrorDescent(config.tau, config.level))
 
 
 def mirror_descent(

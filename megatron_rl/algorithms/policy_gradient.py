@@ -1,9 +1,6 @@
-"""-A_j log pi(y_j): REINFORCE, and with other advantages RLOO and ReST.
+"""-A_j log pi(y_j), no ratio and no clipping: REINFORCE, which `rloo.py` and `rest.py` share.
 
-RLOO (arXiv 2402.14740): A_j by leave-one-out, the whole response one action, no ratio and no clipping. Its KL term is
-`algorithm.kl_weight`, off by default. ReST as the paper compares with (k1.5 3.5; method: arXiv 2308.08998): fit the best
-response of each group, no negative gradients; A_j by `advantages.best_only`. From the second optimizer step of an iteration
-on, both train on samples of the policy at its start, uncorrected, as published.
+From the second optimizer step of an iteration on it trains on samples of the policy at its start, uncorrected, as published.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
+from megatron_rl.algorithms import ALGORITHMS
 from megatron_rl.config.sections import AlgorithmConfig, Config, DataConfig, EvaluationConfig, RewardsConfig, RolloutConfig
 from megatron_rl.config.shared import MegatronConfig
 from megatron_rl.errors import ConfigError
@@ -122,27 +124,20 @@ def _check_rewards(r: RewardsConfig) -> None:
             raise ConfigError(f"rewards.terms.{i}.range={list(term.range)}: the first must be below the second")
 
 
-CLIPPING = ("k25", "ppo", "grpo", "dr_grpo", "reinforce_pp", "gspo", "cispo")  # algorithms with bounds
-
-
 def _check_algorithm(a: AlgorithmConfig) -> None:
-    for key, bound in (("clip_low", a.clip_low), ("clip_high", a.clip_high)):
-        if bound is not None and a.name not in CLIPPING:
-            raise ConfigError(
-                f"algorithm.{key}={bound}: {a.name} does not clip; unset it, or choose one of {', '.join(CLIPPING)}"
-            )
-    if a.clip_low is not None and a.clip_low > 1 and a.name != "k25":
-        raise ConfigError(f"algorithm.clip_low={a.clip_low}: a ratio cannot fall more than 1 below 1; set it to 1 or less")
-    if a.importance_cap is not None and a.name == "k25":
+    if a.name not in ALGORITHMS:
+        nearest = difflib.get_close_matches(a.name, ALGORITHMS, n=1, cutoff=0.0)[0]
         raise ConfigError(
-            f"algorithm.importance_cap={a.importance_cap}: k25's ratio is to the behaviour policy already; unset one of the two"
+            f"algorithm.name={a.name}: no such algorithm; the nearest is {nearest}, and there are {', '.join(ALGORITHMS)}"
         )
+    for key in sorted({key for keys in ALGORITHMS.values() for key in keys} - set(ALGORITHMS[a.name])):
+        if (value := getattr(a, key)) != AlgorithmConfig.model_fields[key].default:
+            readers = [name for name, keys in ALGORITHMS.items() if key in keys]
+            raise ConfigError(
+                f"algorithm.{key}={value}: {a.name} does not use it; unset it, or choose one of {', '.join(readers)}"
+            )
     if a.ptx.weight and a.ptx.path is None:
         raise ConfigError(f"algorithm.ptx.weight={a.ptx.weight:g}: needs algorithm.ptx.path, the conversations to train on")
-    if a.baseline != "mean" and a.name not in ("mirror_descent", "k2"):
-        raise ConfigError(
-            f"algorithm.baseline={a.baseline}: only mirror_descent and k2 have a choice; {a.name} has its own; unset it"
-        )
 
 
 # Arguments that other settings decide, or that the engine's way of speaking to the server rests on.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from megatron_rl.algorithms import ALGORITHMS
 from megatron_rl.config.shared import (
     AdamConfig,
     ExportConfig,
@@ -51,7 +52,9 @@ class DataConfig(Section):
 
 class SamplerConfig(Section):
     name: Literal["uniform", "curriculum", "prioritized"] = setting("uniform", "how prompts are drawn (paper 2.3.4)", ours=True)
-    switch_iteration: Positive = setting(24, "curriculum: iteration at which only hard prompts remain (paper 3.5)")
+    switch_iteration: Positive = setting(
+        24, "curriculum: iteration at which only hard prompts remain (paper 3.5); all fill a batch that there are too few for"
+    )
     hard_below: Fraction = setting(0.5, "curriculum: a prompt is hard when its success rate is below this", ours=True)
     smoothing: Fraction = setting(0.5, "weight of the newest group in the tracked success rate", ours=True)
     floor: Fraction = setting(0.02, "prioritized: least weight, so that a solved prompt can come back", ours=True)
@@ -240,6 +243,11 @@ class RewardsConfig(Section):
     budget: TokenBudgetConfig = setting(TokenBudgetConfig(), "token-budget control")
     toggle: ToggleConfig = setting(ToggleConfig(), "phases with and without a length budget")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the terms that score; empty: each prompt's own verifier does."""
+        return tuple(term.name for term in self.terms)
+
 
 class PTXConfig(Section):
     weight: float = setting(
@@ -250,10 +258,10 @@ class PTXConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    name: Literal["mirror_descent", "k2", "k25", "rest", "rloo", "ppo", "grpo", "dr_grpo", "reinforce_pp", "gspo", "cispo"] = (
-        setting(
-            "mirror_descent", "objective with its advantages and denominator (paper 2.3.2; the others: megatron_rl/algorithms)"
-        )
+    name: str = setting(
+        "mirror_descent",
+        "objective with its advantages and denominator (paper 2.3.2; the others: megatron_rl/algorithms) "
+        f"({' | '.join(ALGORITHMS)})",
     )
     tau: float = setting(
         0.1, "weight of the squared log-ratio; acts from the second optimizer step of an iteration on", gt=0, ours=True

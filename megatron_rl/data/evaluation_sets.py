@@ -1,7 +1,7 @@
 """What a model is evaluated on, by name: the held-out split, a JSONL file with answers, or a ready-made set.
 
 A file is read as `data.*` says (verifier, system message, worked turns); a ready-made set (`ready_made.py`) brings its own.
-Refuses a set whose answers are missing. Answering and scoring: `megatron_rl/evaluate.py`.
+Refuses an empty set, and with `data/sources.py` one whose answers are missing. Answering and scoring: `megatron_rl/evaluate.py`.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ def load_set(name: str, config: Config, tokenizer: Encoder, prompts: PromptSet |
 
     Raises DataError for an unknown name, questions that cannot be used, or missing answers."""
     if name in SPLITS:
-        found = getattr(prompts or load_prompts(config.data, tokenizer), name)
+        found = getattr(prompts or load_prompts(config.data, tokenizer, terms=config.rewards.names), name)
         result = EvaluationSet(name, found, config.rewards)
     elif name.endswith(".jsonl"):
         plain: dict[str, Any] = {"source": "jsonl", "path": Path(name), "held_out": 0, "task": None, "set": None}
         data = config.data.model_copy(update=plain)
-        result = EvaluationSet(Path(name).stem, load_prompts(data, tokenizer).train, config.rewards)
+        found = load_prompts(data, tokenizer, terms=config.rewards.names).train
+        result = EvaluationSet(Path(name).stem, found, config.rewards)
     else:
         result = EvaluationSet(name, load_prompts(_ready_data(name, config), tokenizer).train, ready_made_rewards(config.rewards))
-    check_answers(result.prompts, name, [term.name for term in result.rewards.terms])
+    if not result.prompts:
+        raise DataError(f"set {name} is empty; set data.held_out to the number of prompts to keep out of training")
     if prompts and name != "train" and (shared := {p.id for p in prompts.train} & {p.id for p in result.prompts}):
         log.warning("%d of the %d prompts of %s are trained on too", len(shared), len(result.prompts), name)
     return result
@@ -63,20 +65,6 @@ def check_room(prompts: Sequence[Prompt], name: str, model_folder: Path) -> None
             f"set {name}: {len(long)} of its {len(prompts)} prompts leave no room for a response in the model's context of "
             f"{context} tokens (the first has {len(long[0].token_ids)} and begins {long[0].messages[-1].content[:40]!r}); "
             "shorten them or leave them out"
-        )
-
-
-def check_answers(prompts: Sequence[Prompt], name: str, terms: Sequence[str]) -> None:
-    """Raises DataError for an empty set, or prompts without the reference answers that their verifiers compare with."""
-    if not prompts:
-        raise DataError(f"set {name} is empty; set data.held_out to the number of prompts to keep out of training")
-    compare = {"exact", "math"}
-    lacking = [p for p in prompts if not p.answer.strip() and compare & set(terms or [p.verifier])]
-    if lacking:
-        raise DataError(
-            f"set {name}: {len(lacking)} of its {len(prompts)} prompts have no reference answer (the first begins "
-            f"{lacking[0].messages[-1].content[:40]!r}), so their responses cannot be scored; fill the field `answer`, or choose "
-            "a verifier that needs none"
         )
 
 

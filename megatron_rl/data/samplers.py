@@ -117,22 +117,33 @@ class Adaptive(Uniform):
 
 class Curriculum(Adaptive):
     """Uniform before `switch_iteration`; from then on uniform over the prompts whose success rate is known to be below
-    `hard_below` (paper 3.5). While there is none, uniform over all, and the log says so."""
+    `hard_below` (paper 3.5).
+
+    These run out as they are learnt, and the last ones may be out of reach. Where they are fewer than the groups of a batch, h of
+    `batch`, a draw is one of them with probability h / batch, about once a batch each, and else uniform over all prompts, which
+    also finds those that were forgotten. The log says when that begins."""
 
     def __init__(
-        self, prompts: Sequence[Prompt], seed: int, *, switch_iteration: int, hard_below: float, smoothing: float
+        self, prompts: Sequence[Prompt], seed: int, *, switch_iteration: int, hard_below: float, smoothing: float, batch: int
     ) -> None:
         super().__init__(prompts, seed, smoothing=smoothing)
-        self._switch_iteration, self._hard_below = switch_iteration, hard_below
+        self._switch_iteration, self._hard_below, self._batch = switch_iteration, hard_below, batch
         self._iteration = 0
+        self._is_short = False  # of hard prompts, in the last phase
 
     def begin(self, iteration: int) -> None:
         self._iteration = iteration
-        if iteration >= self._switch_iteration and not len(self._hard()):
+        was_short, num_hard = self._is_short, len(self._hard())
+        self._is_short = iteration >= self._switch_iteration and num_hard < self._batch
+        if self._is_short and not was_short:
             log.warning(
-                "sampler.hard_below=%g: no prompt has a lower success rate in iteration %d; all prompts are drawn",
+                "sampler.hard_below=%g: in iteration %d only %d of %d prompts are known to have a lower success rate, fewer than "
+                "rollout.groups_per_iteration=%d; the rest of a batch is drawn from all prompts",
                 self._hard_below,
                 iteration,
+                num_hard,
+                len(self.prompts),
+                self._batch,
             )
 
     def _hard(self) -> np.ndarray:
@@ -141,7 +152,11 @@ class Curriculum(Adaptive):
 
     def _choose(self, draw: int) -> int:
         hard = self._hard() if self._iteration >= self._switch_iteration else np.zeros(0, np.int64)
-        return int(hard[_noise(self.seed, draw, CHOICES).integers(len(hard))]) if len(hard) else super()._choose(draw)
+        if not len(hard):
+            return super()._choose(draw)
+        noise = _noise(self.seed, draw, CHOICES)
+        chosen = int(hard[noise.integers(len(hard))])
+        return chosen if noise.random() * self._batch < len(hard) else super()._choose(draw)
 
 
 class Prioritized(Adaptive):
@@ -161,8 +176,8 @@ class Prioritized(Adaptive):
         return int(_noise(self.seed, draw, CHOICES).choice(len(self.prompts), p=self.probabilities()))
 
 
-def make_sampler(config: SamplerConfig, prompts: Sequence[Prompt], seed: int) -> Uniform:
-    """The sampler that `sampler.name` asks for. Raises DataError for an empty prompt set."""
+def make_sampler(config: SamplerConfig, prompts: Sequence[Prompt], seed: int, *, batch: int) -> Uniform:
+    """The sampler that `sampler.name` asks for; batch: groups of an iteration. Raises DataError for an empty prompt set."""
     if config.name == "curriculum":
         return Curriculum(
             prompts,
@@ -170,6 +185,7 @@ def make_sampler(config: SamplerConfig, prompts: Sequence[Prompt], seed: int) ->
             switch_iteration=config.switch_iteration,
             hard_below=config.hard_below,
             smoothing=config.smoothing,
+            batch=batch,
         )
     if config.name == "prioritized":
         return Prioritized(prompts, seed, smoothing=config.smoothing, floor=config.floor)

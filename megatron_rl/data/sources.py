@@ -2,7 +2,8 @@
 
 The held-out prompts are those whose question hashes lowest, so the split is the same in every run and on every machine
 and no held-out question is ever drawn in training, under whatever wording of system message or worked turns.
-Refuses prompts longer than `data.max_prompt_tokens` and equal questions with different answers. Next: `samplers.py`.
+Refuses prompts longer than `data.max_prompt_tokens`, equal questions with different answers, and blank answers that responses
+would be compared with. Next: `samplers.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +30,9 @@ from megatron_rl.types import Message, Prompt
 log = logging.getLogger(__name__)
 
 
+COMPARING = frozenset({"exact", "math"})  # terms to which a response can be right only if there is a reference answer
+
+
 class Encoder(Protocol):
     """What this module needs of `ChatTokenizer`."""
 
@@ -40,19 +45,32 @@ class PromptSet:
     held_out: tuple[Prompt, ...]  # never drawn in training
 
 
-def load_prompts(config: DataConfig, tokenizer: Encoder) -> PromptSet:
-    """Both splits, in the source's order. Raises DataError naming the file, line or question that cannot be used."""
+def load_prompts(config: DataConfig, tokenizer: Encoder, *, terms: Sequence[str] = ()) -> PromptSet:
+    """Both splits, in the source's order. terms: names of the terms that score instead of each prompt's own verifier.
+
+    Raises DataError naming the file, line or question that cannot be used."""
     try:
         check_name(config.verifier)
     except RewardError as e:
         raise DataError(f"data.verifier: {e}") from e
     records = _without_repeats(_read(config))
+    _check_answers(records, config.verifier, terms)
     held_out = _held_out(records, config)
     prompts = [(_prompt(record, config, tokenizer), record.question in held_out) for record in records]
     return PromptSet(
         train=tuple(prompt for prompt, is_held_out in prompts if not is_held_out),
         held_out=tuple(prompt for prompt, is_held_out in prompts if is_held_out),
     )
+
+
+def _check_answers(records: Sequence[Record], verifier: str, terms: Sequence[str]) -> None:
+    blank = [r for r in records if not r.answer.strip() and COMPARING & set(terms or [r.verifier or verifier])]
+    if blank:
+        compares = ", ".join(sorted(COMPARING & set(terms or [blank[0].verifier or verifier])))
+        raise DataError(
+            f"{blank[0].where}: `answer` is blank, and {compares} compares every response with it ({len(blank)} of "
+            f"{len(records)} questions are so); fill it in, or score by a term that needs none (data.verifier, rewards.terms)"
+        )
 
 
 def _held_out(records: list[Record], config: DataConfig) -> set[str]:

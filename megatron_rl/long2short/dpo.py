@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron_rl.algorithms import DPO
+from megatron_rl.algorithms.dpo import DPO
 from megatron_rl.config import DPOConfig
 from megatron_rl.data.conversations import read_pairs
 from megatron_rl.data.tokenizer import ChatTokenizer

@@ -34,6 +34,8 @@ def read_result(path: Path) -> Result:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot read it as JSON ({e}); give files that `megatron-rl eval ... > FILE` wrote") from e
+    if isinstance(found, dict) and isinstance(found.get("greedy"), dict):
+        raise DataError(f"{path}: holds a greedy and a sampled evaluation; give files of one, from `eval ... --sampled > FILE`")
     if not isinstance(found, dict) or (missing := [name for name in FIELDS if name not in found]):
         lacks = f"lacks {', '.join(missing)}" if isinstance(found, dict) else f"is a {type(found).__name__}"
         raise DataError(f"{path}: {lacks}; give files that `megatron-rl eval ... > FILE` wrote")

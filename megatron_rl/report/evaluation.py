@@ -1,6 +1,7 @@
-"""`evaluation.json` of a run folder: what the held-out prompts said of the model before and after training.
+"""An evaluation as a table and as a page, and `evaluation.json` of a run folder: what the held-out prompts said of the model
+before and after training.
 
-`{"before": {...}, "after": {...}}`, each the result of one greedy evaluation, with `sampled_mean`, `sampled_low` and
+The file is `{"before": {...}, "after": {...}}`, each the result of one greedy evaluation, with `sampled_mean`, `sampled_low` and
 `sampled_high` from a sampled one. How they are measured: `megatron_rl/evaluate.py`.
 """
 
@@ -11,6 +12,8 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from megatron_rl.errors import DataError
 from megatron_rl.report.charts import interval
@@ -46,6 +49,15 @@ def record_evaluation(folder: str | Path, moment: str, result: Mapping[str, Any]
     write_atomically(Path(folder) / FILE_NAME, json.dumps({**results, moment: entry}, indent=2) + "\n")
 
 
+def evaluation_table(result: Mapping[str, Any]) -> Table:
+    """One evaluation for the terminal."""
+    table = Table(f"{result['split']}, {_way(result)}", "mean", "95 % interval", box=None, pad_edge=False)
+    for score in result["scores"]:
+        table.add_row(score["name"], f"{score['mean']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}")
+    table.add_row("tokens", f"{result['mean_tokens']:.1f}", "")
+    return table
+
+
 def evaluation_page(result: Mapping[str, Any]) -> str:
     """One evaluation as a page of its own, with nothing to fetch."""
     rows = "".join(
@@ -53,8 +65,10 @@ def evaluation_page(result: Mapping[str, Any]) -> str:
         f'<td class="n">{s["low"]:.3f} to {s["high"]:.3f}</td></tr>'
         for s in result["scores"]
     )
-    how = "greedy" if result["greedy"] else f"temperature {result['temperature']:g}"
-    facts = f"{result['n']} prompts, {result['samples']} responses each, {how}, {result['mean_tokens']:.1f} tokens a response"
+    facts = (
+        f"{result['split']}: {result['n']} prompts, {result['samples']} responses each, {_way(result)}, "
+        f"{result['mean_tokens']:.1f} tokens a response"
+    )
     name = escape(str(result["model"]))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name} · evaluation</title><style>{style()}</style>'
@@ -62,3 +76,7 @@ def evaluation_page(result: Mapping[str, Any]) -> str:
         f'{escape(facts)}</p></header><section class="card"><table><tr><th></th><th class="n">mean</th><th></th>'
         f'<th class="n">95 % interval</th></tr>{rows}</table></section></main></body></html>\n'
     )
+
+
+def _way(result: Mapping[str, Any]) -> str:
+    return "greedy" if result["greedy"] else f"temperature {result['temperature']:g}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_rl.algorithms import Normalization, sequence_weights
+from megatron_rl.algorithms.normalization import Normalization, sequence_weights
 from megatron_rl.types import Group, TrainingSequence, Trajectory
 
 
@@ -51,7 +51,7 @@ def training_sequences(
 def with_advantage(sequences: Sequence[TrainingSequence]) -> list[TrainingSequence]:
     """Those whose advantage is not 0; where there is none, the shortest one, for a step needs a sequence.
 
-    Weights stay: the loss's denominator counts those left out. Exact where `algorithms.silent_without_advantage` holds and
+    Weights stay: the loss's denominator counts those left out. Exact where `algorithms/silence.py` holds and
     the step is the only one of its iteration."""
     found = [s for s in sequences if s.advantage != 0 and s.loss_mask.any()]
     bearing = [s for s in sequences if s.loss_mask.any()]

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_rl.algorithms import Objective
+from megatron_rl.algorithms.objective import Objective
 from megatron_rl.config import SupervisedConfig, check_supervised_model
 from megatron_rl.errors import DataError, TrainingError
 from megatron_rl.model_config import ModelConfig

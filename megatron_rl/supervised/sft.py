@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from megatron_rl.algorithms import CrossEntropy
+from megatron_rl.algorithms.cross_entropy import CrossEntropy
 from megatron_rl.config import SFTConfig
 from megatron_rl.data.conversations import read_conversations
 from megatron_rl.data.tokenizer import ChatTokenizer

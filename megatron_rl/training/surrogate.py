@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from megatron_rl.algorithms import MeasuredObjective, Objective, ObjectiveInputs
+from megatron_rl.algorithms.objective import MeasuredObjective, Objective, ObjectiveInputs
 from megatron_rl.training.micro_batch import MicroBatch
 
 _NAMES = (

@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch.nn import functional
 
-from megatron_rl.algorithms import MeasuredObjective, Objective
+from megatron_rl.algorithms.objective import MeasuredObjective, Objective
 from megatron_rl.config import TrainerConfig
 from megatron_rl.errors import TrainingError
 from megatron_rl.model_config import ModelConfig

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.algorithms import MirrorDescent, ObjectiveInputs, advantages, mirror_descent
+from megatron_rl.algorithms.mirror_descent import MirrorDescent, advantages, mirror_descent
+from megatron_rl.algorithms.objective import ObjectiveInputs
 
 LEVELS = ("sequence", "token")
 BASELINES = ("mean", "log_z")

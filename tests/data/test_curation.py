@@ -73,9 +73,9 @@ def test_an_interrupted_curation_goes_on_to_the_same_end(config, tmp_path):
     assert all(d["verdict"] == "kept" and d["reason"].startswith("pass rate") for d in decided)
     assert len(kept) == counts["kept"] and all(r.difficulty in (0, 0.25, 0.5, 0.75) for r in kept)
     plain = config.data.model_copy(update={"path": tmp_path / "whole" / "kept.jsonl"})
-    prompts = load_prompts(plain, ChatTokenizer.from_folder(config.model.folder)).train
+    prompts = load_prompts(plain, ChatTokenizer.from_folder(config.model.folder), terms=config.rewards.names).train
     weights = np.array([1 - r.difficulty for r in kept])
-    sampler = make_sampler(SamplerConfig(name="prioritized"), prompts, 0)
+    sampler = make_sampler(SamplerConfig(name="prioritized"), prompts, 0, batch=4)
     np.testing.assert_allclose(sampler.probabilities(), weights / weights.sum())  # begins at what was measured
     dropped = [json.loads(line) for line in (tmp_path / "whole" / "dropped.jsonl").read_text().splitlines()]
     assert len(dropped) == 38 - counts["kept"] and all(line["curation"]["reason"] for line in dropped)

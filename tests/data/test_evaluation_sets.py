@@ -1,5 +1,6 @@
 """Sets by name: what their prompts are, how they are scored, and what is refused."""
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ from megatron_rl.data.evaluation_sets import check_room, load_set
 from megatron_rl.data.ready_made import PREFIX, READY_MADE, SIZE
 from megatron_rl.data.sources import load_prompts
 from megatron_rl.errors import DataError
+from megatron_rl.master import Master
+from megatron_rl.model_config import ModelConfig
 from megatron_rl.rewards.reasoning_gym import score
 from tests.resume.recipe import write_recipe
 
@@ -67,6 +70,17 @@ def test_prompts_that_fill_the_models_context_are_named(config):
         check_room([*prompts[:3], full], "held_out", config.model.folder)
 
 
+def test_training_on_blank_answers_is_refused_before_a_model_is_loaded(config, tmp_path):
+    plain = config.model_copy(update={"rewards": configuration.RewardsConfig()})  # each prompt's own verifier: exact
+    model = ModelConfig.from_folder(config.model.folder)
+    with (
+        asyncio.Runner() as runner,
+        pytest.raises(DataError, match="prompts.jsonl, line 1, column 1: `answer` is blank, and exact"),
+    ):
+        Master(plain, model, "run", runner)
+    assert not plain.run.folder.exists(), "no buffer either"
+
+
 def test_what_cannot_be_evaluated_is_said_before_anything_is_generated(config, tmp_path):
     plain = config.model_copy(update={"rewards": configuration.RewardsConfig()})
     path = tmp_path / "questions.jsonl"
@@ -75,11 +89,11 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_generated(config, t
     with pytest.raises(DataError, match="questions.jsonl, line 3.*`answer` is missing; give the reference answer"):
         load_set(str(path), plain, Words())
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
-    with pytest.raises(DataError, match=r"questions.jsonl: 1 of its 2 prompts have no reference answer \(the first begins '2"):
+    with pytest.raises(DataError, match="questions.jsonl, line 2, column 1: `answer` is blank, and exact compares"):
         load_set(str(path), plain, Words())
     path.write_text(json.dumps(lines[0]) + "\n")
     assert [p.answer for p in load_set(str(path), plain, Words()).prompts] == ["2"]
     with pytest.raises(DataError, match="no ready-made set 'gsm_symbolik'; the nearest is gsm_symbolic"):
         load_set("gsm_symbolik", plain, Words())
     with pytest.raises(DataError, match="set held_out is empty; set data.held_out"):
-        load_set("held_out", plain.model_copy(update={"data": plain.data.model_copy(update={"held_out": 0})}), Words())
+        load_set("held_out", config.model_copy(update={"data": config.data.model_copy(update={"held_out": 0})}), Words())

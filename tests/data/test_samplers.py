@@ -68,8 +68,12 @@ def test_prioritized_with_everything_solved_and_no_floor_is_uniform():
     assert set(ids(sampler.draw(50))) == {"p0", "p1"}
 
 
+def curriculum(*rates: float | None, batch: int) -> Curriculum:
+    return Curriculum(prompts(*rates), 0, switch_iteration=5, hard_below=0.5, smoothing=0.5, batch=batch)
+
+
 def test_curriculum_draws_only_hard_prompts_from_the_switch_on():
-    sampler = Curriculum(prompts(0.1, 0.9, 0.4, None, None), seed=0, switch_iteration=5, hard_below=0.5, smoothing=0.5)
+    sampler = curriculum(0.1, 0.9, 0.4, None, None, batch=2)
     sampler.begin(4)
     assert sorted(ids(sampler.draw(5))) == ["p0", "p1", "p2", "p3", "p4"]
     sampler.observe("p0", [True] * 8)  # 0.55: no longer hard
@@ -79,12 +83,30 @@ def test_curriculum_draws_only_hard_prompts_from_the_switch_on():
     assert chi_square(drawn, {"p2": 0.5, "p3": 0.5}) < 10.83  # 1 degree of freedom, p = 0.001
 
 
-def test_curriculum_without_hard_prompts_says_so_and_draws_all(caplog):
-    sampler = Curriculum(prompts(0.9, None), seed=0, switch_iteration=5, hard_below=0.5, smoothing=0.5)
+def test_curriculum_that_runs_out_of_hard_prompts_fills_its_batches_from_all_and_says_so_once(caplog):
+    sampler = curriculum(0.0, 0.9, 0.9, 0.9, batch=4)
     with caplog.at_level(logging.WARNING):
+        sampler.begin(4)
+        assert not caplog.records
         sampler.begin(5)
-    assert "sampler.hard_below=0.5: no prompt has a lower success rate in iteration 5; all prompts are drawn" in caplog.text
-    assert sorted(ids(sampler.draw(2))) == ["p0", "p1"]
+        drawn = ids(sampler.draw(4000))
+        sampler.begin(6)
+    expected = {
+        "p0": 1 / 4 + 3 / 4 / 4,
+        **dict.fromkeys(("p1", "p2", "p3"), 3 / 4 / 4),
+    }  # once a batch, and a quarter of the rest
+    assert chi_square(drawn, expected) < 16.27  # 3 degrees of freedom, p = 0.001
+    (record,) = caplog.records
+    assert (
+        "sampler.hard_below=0.5: in iteration 5 only 1 of 4 prompts are known to have a lower success rate, fewer than "
+        "rollout.groups_per_iteration=4; the rest of a batch is drawn from all prompts"
+    ) in record.getMessage()
+
+
+def test_curriculum_without_any_hard_prompt_is_uniform():
+    sampler = curriculum(0.9, None, 1.0, batch=4)
+    sampler.begin(5)
+    assert sorted(ids(sampler.draw(3))) == ["p0", "p1", "p2"]
 
 
 def history(sampler: Uniform, first: int, last: int) -> list[str]:
@@ -102,23 +124,23 @@ def history(sampler: Uniform, first: int, last: int) -> list[str]:
 @pytest.mark.parametrize("stop", [0, 1, 4, 9])
 def test_a_restored_sampler_goes_on_exactly(name, stop):
     settings = SamplerConfig(name=name, switch_iteration=3)
-    undisturbed = history(make_sampler(settings, prompts(*[None] * 11), 7), 0, 12)
-    before = make_sampler(settings, prompts(*[None] * 11), 7)
+    undisturbed = history(make_sampler(settings, prompts(*[None] * 11), 7, batch=3), 0, 12)
+    before = make_sampler(settings, prompts(*[None] * 11), 7, batch=3)
     drawn = history(before, 0, stop)
-    after = make_sampler(settings, prompts(*[None] * 11), 7)
+    after = make_sampler(settings, prompts(*[None] * 11), 7, batch=3)
     after.restore(json.loads(json.dumps(before.state())), len(drawn))
     assert drawn + history(after, stop, 12) == undisturbed
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_draws_do_not_depend_on_how_many_are_asked_for_at_once(name):
-    one, many = (make_sampler(SamplerConfig(name=name), prompts(*[0.3] * 5), 1) for _ in range(2))
+    one, many = (make_sampler(SamplerConfig(name=name), prompts(*[0.3] * 5), 1, batch=8) for _ in range(2))
     assert [prompt.id for _ in range(12) for prompt in one.draw(1)] == ids(many.draw(12))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_observations_of_prompts_that_left_the_data_are_forgotten(name):
-    sampler = make_sampler(SamplerConfig(name=name), prompts(None, None), -1)
+    sampler = make_sampler(SamplerConfig(name=name), prompts(None, None), -1, batch=2)
     sampler.observe("gone", [True])
     sampler.restore({"rates": {"gone": 0.9, "p0": 0.2}}, 0)
     assert "gone" not in json.dumps(sampler.state())
@@ -128,4 +150,4 @@ def test_observations_of_prompts_that_left_the_data_are_forgotten(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_prompt_set_is_refused(name):
     with pytest.raises(DataError, match="no prompt to train on"):
-        make_sampler(SamplerConfig(name=name), [], 0)
+        make_sampler(SamplerConfig(name=name), [], 0, batch=2)

@@ -98,6 +98,21 @@ def test_a_prompt_longer_than_the_limit_is_named_with_its_length(tmp_path):
         load(tmp_path, '{"prompt": "short", "answer": "b"}', '{"prompt": "eleven char", "answer": "b"}', max_prompt_tokens=10)
 
 
+def test_a_blank_answer_is_named_with_its_line_where_responses_are_compared_with_it(tmp_path):
+    blank = '{"prompt": "2+2", "answer": " "}'
+    with pytest.raises(DataError, match=r"questions.jsonl, line 2, .*: `answer` is blank, and exact .*\(1 of 2 .*; fill it in"):
+        load(tmp_path, *questions(1), blank)
+    own = '{"prompt": "2+2", "answer": "", "verifier": "math"}'
+    with pytest.raises(DataError, match=r"line 2, column 1: `answer` is blank, and math compares"):
+        load(tmp_path, *questions(1), own, verifier="my.rewards:judge")
+    assert len(load(tmp_path, *questions(1), blank, verifier="my.rewards:judge").train) == 2
+    path, data = tmp_path / "questions.jsonl", DataConfig(source="jsonl", path=tmp_path / "questions.jsonl")
+    path.write_text(blank + "\n")
+    assert len(load_prompts(data, Bytes(), terms=["regex"]).train) == 1, "rewards.terms score in place of the verifier"
+    with pytest.raises(DataError, match="exact, math compares"):
+        load_prompts(data, Bytes(), terms=["regex", "math", "exact"])
+
+
 def test_repeats_are_left_out_and_contradictions_refused(tmp_path):
     assert len(load(tmp_path, *questions(3), *questions(3)).train) == 3
     with pytest.raises(DataError, match="line 4, column 1: the same question as .*line 2.*'5', there '1'"):

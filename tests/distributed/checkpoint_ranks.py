@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_rl.algorithms import MirrorDescent
+from megatron_rl.algorithms.mirror_descent import MirrorDescent
 from megatron_rl.errors import CheckpointError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import checkpoint, parallel

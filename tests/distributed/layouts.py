@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rl.algorithms import DPO, MirrorDescent
+from megatron_rl.algorithms.dpo import DPO
+from megatron_rl.algorithms.mirror_descent import MirrorDescent
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.training.optimizer import MOMENTS

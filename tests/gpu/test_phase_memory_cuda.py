@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_rl.algorithms import MirrorDescent
+from megatron_rl.algorithms.mirror_descent import MirrorDescent
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import parallel
 from megatron_rl.training.phase_memory import PARTS, PhaseMemory

@@ -48,6 +48,9 @@ def test_what_is_no_evaluation_or_of_other_prompts_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("[")
     with pytest.raises(DataError, match="a.json: cannot read it as JSON"):
         read_result(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"greedy": {"mean": 1}, "sampled": {"mean": 1}}')
+    with pytest.raises(DataError, match="a.json: holds a greedy and a sampled evaluation; give files of one"):
+        read_result(tmp_path / "a.json")
     results = [read_result(write(tmp_path / f"{n}.json", 10, 0.5, n=n)) for n in (100, 200)]
     with pytest.raises(DataError, match=r"set gsm_symbolic: results of \[100, 200\] prompts; evaluate all models on the same"):
         write_plot(results, tmp_path / "x.svg")

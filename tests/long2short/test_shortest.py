@@ -7,7 +7,6 @@ from megatron_rl.answering import Response
 from megatron_rl.errors import DataError
 from megatron_rl.evaluate import evaluate, summary
 from megatron_rl.long2short.selection import preference_pairs, shortest_correct
-from megatron_rl.report.evaluation import evaluation_page
 from megatron_rl.types import Ending
 from tests.resume.recipe import write_recipe
 
@@ -51,13 +50,11 @@ def test_an_evaluation_holds_pass_at_k_and_the_vote_and_is_the_same_twice(config
     means = [by_name[f"pass@{k}"]["mean"] for k in (1, 2, 4, 6)]
     assert means == sorted(means) and means[0] == result["mean"]
     assert all(s["low"] <= s["mean"] <= s["high"] for s in result["scores"])
-    page = evaluation_page(result)
-    assert "maj@6" in page and f"{means[0]:.3f}" in page
 
 
 def test_prompts_without_answers_cannot_be_evaluated(config):
     exact = config.model_copy(update={"rewards": config.rewards.model_copy(update={"terms": ()})})
-    with pytest.raises(DataError, match="6 of its 6 prompts have no reference answer.*fill the field `answer`"):
+    with pytest.raises(DataError, match="prompts.jsonl, line 1, .*: `answer` is blank, and exact compares"):
         evaluate(exact, config.model.folder)
 
 

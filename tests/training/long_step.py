@@ -6,7 +6,7 @@ import json
 import resource
 from pathlib import Path
 
-from megatron_rl.algorithms import MirrorDescent
+from megatron_rl.algorithms.mirror_descent import MirrorDescent
 from megatron_rl.model_config import ModelConfig
 from megatron_rl.training import parallel
 from megatron_rl.training.trainer import Trainer

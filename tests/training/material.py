@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from megatron_rl.algorithms import mirror_descent
+from megatron_rl.algorithms.mirror_descent import mirror_descent
 from megatron_rl.config import Config
 from megatron_rl.training.trainer import Trainer
 from megatron_rl.types import TrainingSequence

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.algorithms import MirrorDescent
+from megatron_rl.algorithms.mirror_descent import MirrorDescent
 from megatron_rl.config import Config
 from megatron_rl.errors import CheckpointError
 from megatron_rl.training import checkpoint

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.algorithms import MirrorDescent
+from megatron_rl.algorithms.mirror_descent import MirrorDescent
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.rollout.selection import with_advantage
 from megatron_rl.weights import hf

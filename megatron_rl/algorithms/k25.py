@@ -4,8 +4,9 @@
 
 A token whose log-ratio lies outside the bounds gets no policy gradient, whatever the sign of A_j; the squared log-ratio
 still pulls it back. pi_old is the policy that sampled the token, by the engine's log-probs: the bounds are there for
-what trainer and engine disagree on. Departures: Adam instead of Muon; the printed sign of the squared term, which belongs to
-a maximisation, is turned. The report does not say whether masked tokens keep the squared term; here they do.
+what trainer and engine disagree on, and `algorithm.importance_cap` has no place beside them. Departures: Adam instead of
+Muon; the printed sign of the squared term, which belongs to a maximisation, is turned. The report does not say whether masked
+tokens keep the squared term; here they do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.algorithms.objective import ObjectiveInputs
+from megatron_rl.algorithms.advantages import centred
+from megatron_rl.algorithms.normalization import Normalization
+from megatron_rl.algorithms.objective import Algorithm, ObjectiveInputs
+from megatron_rl.config import AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,9 @@ class MaskedRatio:
     @staticmethod
     def _log_ratios(inputs: ObjectiveInputs) -> torch.Tensor:
         return inputs.log_probs - inputs.behaviour_log_probs
+
+
+def algorithm(config: AlgorithmConfig) -> Algorithm:
+    low = 1.0 if config.clip_low is None else config.clip_low
+    high = 1.0 if config.clip_high is None else config.clip_high
+    return Algorithm(centred, Normalization.GROUP_TOKENS, MaskedRatio(config.tau, -low, high))

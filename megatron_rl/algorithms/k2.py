@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.algorithms.objective import ObjectiveInputs
+from megatron_rl.algorithms.mirror_descent import baseline_of
+from megatron_rl.algorithms.normalization import Normalization
+from megatron_rl.algorithms.objective import Algorithm, ObjectiveInputs
+from megatron_rl.config import AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,7 @@ class SquaredResidual:
 
     def _residuals(self, inputs: ObjectiveInputs) -> torch.Tensor:
         return inputs.advantages - self.tau * inputs.log_ratios
+
+
+def algorithm(config: AlgorithmConfig) -> Algorithm:
+    return Algorithm(baseline_of(config), Normalization.SEQUENCE, SquaredResidual(config.tau))
