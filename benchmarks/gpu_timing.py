@@ -6,7 +6,6 @@ which is how it is tried without a GPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -17,46 +16,11 @@ from typing import TypeVar
 
 import torch
 from result_file import FOLDER, Row, device_name
+from unattended import Clock, command_line
 
 T = TypeVar("T")
 CALLS = 5  # of a short kernel a sample, so that what a launch costs the host does not count
 Sides = Mapping[str, Callable[[], object]]
-FAKE = "a tiny model and a fake server, on a CPU"
-
-
-@dataclass
-class Clock:
-    """Seconds left of what the run may take; cases that would come too late are left out, aloud."""
-
-    seconds: float
-    started: float
-
-    @staticmethod
-    def of(seconds: float) -> Clock:
-        return Clock(seconds, time.perf_counter())
-
-    @property
-    def left(self) -> float:
-        return self.seconds - (time.perf_counter() - self.started)
-
-    def has_time_for(self, what: str, seconds: float) -> bool:
-        if self.left < seconds:
-            print(f"left out: {what} (needs {seconds:.0f} s, {max(self.left, 0):.0f} s left)", flush=True)
-            return False
-        self.tell(what)
-        return True
-
-    def tell(self, what: str) -> None:
-        print(f"[{self.seconds - self.left:5.1f} s] {what}", flush=True)
-
-
-def command_line(description: str | None, *, seconds: float, then: str, small: str = FAKE) -> argparse.ArgumentParser:
-    """The options of every benchmark that runs unattended. then: what holds after `seconds`; small: what `--small` tries."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
-    parser.add_argument("--seconds", type=float, default=seconds, help=f"after which {then}")
-    parser.add_argument("--small", action="store_true", help=small)
-    return parser
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Processes that a benchmark starts, torchrun's among them: a log each, a deadline, and an end with all their children."""
+"""Processes that a benchmark starts, torchrun's among them: a log each, a deadline, and an end with all their children.
+
+Imports nothing heavy: what starts processes whose imports take half a minute should not pay for its own first.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from gpu_timing import Clock
+from unattended import Clock
 
 ROOT = Path(__file__).parents[1]
 _END_S = 15.0  # between SIGTERM and SIGKILL
@@ -21,6 +25,17 @@ def torchrun(ranks: int, *program: str | Path) -> list[str]:
     """A command that starts `program` on so many ranks of this machine, which find each other at a free port."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*launcher, *map(str, program)]
+
+
+def num_gpus() -> int:
+    """That a process started here would see; without torch, whose import takes longer than the answer."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:
+        return len([gpu for gpu in shown.split(",") if gpu.strip()])
+    with suppress(FileNotFoundError):
+        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=30)
+        return sum(line.startswith("GPU ") for line in told.stdout.splitlines())
+    return 0
 
 
 def ended_ranks(script: str, folder: Path, counts: Iterable[int], clock: Clock, *, telling: str) -> Iterator[int]:
@@ -38,19 +53,25 @@ def ended_ranks(script: str, folder: Path, counts: Iterable[int], clock: Clock, 
 class Job:
     """One process in a group of its own, with the checkout on its path. What it prints is in `log`, or printed."""
 
-    def __init__(self, command: Sequence[str], log: Path | None) -> None:
+    def __init__(self, command: Sequence[str], log: Path | None, environment: Mapping[str, str] | None = None) -> None:
+        """environment: beside this process's."""
         self._log = log
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+        own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **(environment or {})}
         with log.open("wb") if log else nullcontext() as out:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=ROOT, env={**os.environ, **own}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     @property
     def log(self) -> Path:
         assert self._log is not None, "what it prints is not kept"
         return self._log
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.poll()
 
     def wait(self, seconds: float) -> int | None:
         """Its exit code; None where it had to be ended."""
@@ -77,3 +98,21 @@ class Job:
         except ProcessLookupError:
             return False
         return True
+
+
+@contextmanager
+def ending(jobs: list[Job]) -> Iterator[list[Job]]:
+    """None of them outlives the block, nor this process where it is ended by SIGTERM, as `timeout` does it."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit("ended by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield jobs
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if left := [job for job in jobs if job.code is None]:
+            with ThreadPoolExecutor(len(left)) as pool:
+                list(pool.map(Job.end, left))
+        signal.signal(signal.SIGTERM, before)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from unattended import FOLDER
 
-FOLDER = Path(__file__).parent / "results"
 sys.path.append(str(Path(__file__).parents[1]))  # for what benchmarks borrow from tests/ and examples/; their own folder is there
 
 

@@ -194,8 +194,7 @@ class SGLangServing:
         """Nothing: what a server keeps ends with it."""
 
     def close(self) -> None:
-        if self._given:  # they live on
-            self._runner.run(self._transport.close())
+        self._runner.run(self._transport.close())  # servers given by URL live on; one that is gone would be waited for later
         self._runner.run(_all([*(e.close() for e in self._supervised), *(e.close() for e in self._given)]))
 
     @property

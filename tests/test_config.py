@@ -244,6 +244,11 @@ def model(**changes: object) -> ModelConfig:
         (["training.tensor_parallel=4"], {}, "training.tensor_parallel=4: must divide the model's 6 attention heads"),
         (["training.tensor_parallel=3"], {}, "training.tensor_parallel=3: .* the model's 2 KV heads"),
         (["training.tensor_parallel=2"], {"ffn_size": 97}, "training.tensor_parallel=2: .*feed-forward size 97"),
+        (
+            ["rollout.engine=sglang", "rollout.sglang.tensor_parallel=2"],
+            {"num_heads": 9, "num_kv_heads": 3},
+            "rollout.sglang.tensor_parallel=2: must divide the model's 9 attention heads",
+        ),
         (["training.context_parallel=4"], {}, "training.context_parallel=4: must divide the 6 attention heads"),
         (["training.pipeline_parallel=4"], {}, r"pipeline_parallel=4 x virtual_pipeline=1: must divide the model's 6 layers"),
         (

@@ -25,7 +25,7 @@ PROGRAM = (sys.executable, str(Path(__file__).parent / "rollout" / "engines" / "
 
 def served_by_fake(*arguments, **options):
     fakes = {"program": PROGRAM, "serialize": lambda: serialize, "join": GlooGroup, "parameters": connect}
-    return SGLangServing(*arguments, **options, **fakes)
+    return SGLangServing(*arguments, **{**fakes, **options})
 
 
 def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,8 +51,20 @@ def test_a_run_trains_on_a_server_that_dies_in_the_middle(tmp_path: Path, monkey
 def test_servers_with_gpus_of_their_own_take_no_turns_and_get_every_version_by_broadcast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of the two dies in the middle, and is given the weights of that iteration in a group of its own."""
-    monkeypatch.setattr(run, "SGLangServing", served_by_fake)
+    """One of the two dies in the middle, and is given the weights of that iteration in a group of its own. No group is left open:
+    NCCL's end of it would wait for servers that are gone."""
+    open_groups: set[int] = set()
+
+    class Watched(GlooGroup):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            open_groups.add(id(self))
+
+        def close(self, *, abort):
+            open_groups.remove(id(self))
+            super().close(abort=abort)
+
+    monkeypatch.setattr(run, "SGLangServing", lambda *a, **options: served_by_fake(*a, **options, join=Watched))
     settings = ["rollout.engine=sglang", "rollout.sglang.colocated=false", "rollout.sglang.engines=2"]
     fault = "rollout.sglang.server_arguments={fake_fault: 30}"
     config = configuration.load(write_recipe(tmp_path, iterations=3), [f"run.folder={tmp_path / 'run'}", *settings, fault])
@@ -64,6 +76,7 @@ def test_servers_with_gpus_of_their_own_take_no_turns_and_get_every_version_by_b
     assert sum(log.count("--model-path") for log in logs) == 3, "one died once"
     assert "--base-gpu-id 1 " in logs[0] and "--base-gpu-id 2 " in logs[1], "the trainer has GPU 0"
     assert not any("--enable-memory-saver" in log for log in logs)
+    assert not open_groups
 
 
 def test_a_run_publishes_by_checkpoint_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

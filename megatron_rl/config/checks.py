@@ -217,6 +217,8 @@ def check_model(c: Config, model: ModelConfig) -> None:
     """The rules that need the model's shape."""
     check_shape(c.training, model)
     r = c.rollout
+    if r.engine == "sglang" and not r.sglang.urls:
+        _check_cut("rollout.sglang.tensor_parallel", r.sglang.tensor_parallel, model)
     itemsize = 4 if c.model.dtype == "float32" else 2  # the least that `auto` may mean
     page_bytes = 2 * model.num_layers * model.num_kv_heads * r.embedded.page_size * model.head_dim * itemsize
     if r.kv_policy == "keep" and r.engine == "embedded" and r.kv_store.host_bytes < page_bytes:
@@ -236,12 +238,7 @@ def check_model(c: Config, model: ModelConfig) -> None:
 def check_shape(t: MegatronConfig, model: ModelConfig) -> None:
     """Whether the model can be cut as `training` says."""
     tp, cp, stages = t.tensor_parallel, t.context_parallel, t.pipeline_parallel * (t.virtual_pipeline or 1)
-    if model.num_heads % tp:
-        raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's {model.num_heads} attention heads")
-    if max(model.num_kv_heads, tp) % min(model.num_kv_heads, tp):
-        raise ConfigError(
-            f"training.tensor_parallel={tp}: must divide, or be a multiple of, the model's {model.num_kv_heads} KV heads"
-        )
+    _check_cut("training.tensor_parallel", tp, model)
     if (model.num_heads // tp) % cp:
         raise ConfigError(
             f"training.context_parallel={cp}: must divide the {model.num_heads // tp} attention heads of a tensor-parallel rank"
@@ -253,5 +250,13 @@ def check_shape(t: MegatronConfig, model: ModelConfig) -> None:
         )
     if (model.num_heads + 2 * model.num_kv_heads) * model.head_dim % tp:
         raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's fused query, key and value rows")
+
+
+def _check_cut(key: str, tp: int, model: ModelConfig) -> None:
+    """What a trainer's and a server's ranks that share each layer both need. key: the setting that `tp` is of."""
+    if model.num_heads % tp:
+        raise ConfigError(f"{key}={tp}: must divide the model's {model.num_heads} attention heads")
+    if max(model.num_kv_heads, tp) % min(model.num_kv_heads, tp):
+        raise ConfigError(f"{key}={tp}: must divide, or be a multiple of, the model's {model.num_kv_heads} KV heads")
     if model.ffn_size % tp:
-        raise ConfigError(f"training.tensor_parallel={tp}: must divide the model's feed-forward size {model.ffn_size}")
+        raise ConfigError(f"{key}={tp}: must divide the model's feed-forward size {model.ffn_size}")
