@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from result_file import FOLDER, Row, device_name
+from result_file import Row, device_name
 from unattended import Clock, command_line
 
 T = TypeVar("T")
