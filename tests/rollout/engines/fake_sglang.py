@@ -38,6 +38,7 @@ from megatron_rl.rollout.engines.embedded.weights import read_folder
 from megatron_rl.weights.transport import FlatBucket
 
 sys.path.insert(0, str(Path(__file__).parent))
+from fake_faults import own_fault
 from fake_http import FakeHTTPServer
 from fake_parameter_server import read, uuid
 from fake_radix import Scheduler, load_plugins
@@ -369,9 +370,7 @@ def _views(payload: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
 
 async def main(arguments: list[str]) -> None:
     values = dict(zip(arguments, arguments[1:], strict=False))
-    died = Path(values["--model-path"]) / "died"  # once for each byte
-    faults, num_deaths = values.get("--fake-fault", "").split(","), died.stat().st_size if died.exists() else 0
-    fault = faults[num_deaths] if num_deaths < len(faults) else ""
+    fault = own_fault(values.get("--fake-fault", "").split(","), Path(values["--model-path"]))
     if fault == "oom":
         sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.")
     if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
@@ -379,8 +378,6 @@ async def main(arguments: list[str]) -> None:
     server = FakeSGLang(Path(values["--model-path"]))
     server.gpus = [int(values["--base-gpu-id"]) + rank for rank in range(int(values["--tp-size"]))]
     if fault.isdigit() or fault in ("delivery", "generating"):
-        with died.open("ab") as file:
-            file.write(b"x")
         server.dies_after = int(fault) if fault.isdigit() else 3 if fault == "generating" else None
         server.counts_under = "1" if fault == "generating" else None
         server.dies_in_update = 2 if fault == "delivery" else None
