@@ -26,8 +26,8 @@ struct CopyPlan {
     static constexpr Order order = order_;
     static constexpr bool early = early_;  // scatter only: the slab is read before it is known where to
 };
-using GatherPlan = CopyPlan<512, 4, Mark::none, Mark::none, Order::by_slot, false>;
-using ScatterPlan = CopyPlan<512, 4, Mark::none, Mark::none, Order::by_slot, false>;
+using GatherPlan = CopyPlan<128, 2, Mark::none, Mark::bypass, Order::by_slot, false>;
+using ScatterPlan = CopyPlan<128, 2, Mark::none, Mark::bypass, Order::by_slot, true>;
 using MovePlan = GatherPlan;
 
 constexpr int warp_size = 32;
