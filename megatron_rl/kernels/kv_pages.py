@@ -115,8 +115,9 @@ def gather(
 
     `int8`, `fp8` (e4m3): scale = largest magnitude of the row / 127 or 448, no smaller than 2^-126. An element comes back within
     scale / 2 for int8, within the larger of 2^-4 of itself and scale * 2^-10 for fp8, then rounded to the pool's dtype. A row
-    that holds an infinity or NaN comes back as NaN. max_blocks: of the GPU's grid at most, each 512 threads; None fills the
-    device. Runs on the current stream and does not wait. Copies are exact, and equal inputs give equal bytes."""
+    that holds an infinity or NaN comes back as NaN. max_blocks: of the GPU's grid at most, each 512 threads, to run beside other
+    work; None fills the device. Runs on the current stream and does not wait. Copies are exact, and equal inputs give equal
+    bytes."""
     _check("gather", pool, pages, out, "out", scheme)
     with_pages = (pool.regions, pages, out, pool.faults, scheme, max_blocks or 0)
     try:
