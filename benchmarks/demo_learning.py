@@ -1,6 +1,6 @@
 """Does the demo learn? Three seeds of examples/smollm2: correctness over the run, and on questions it never draws.
 
-`python benchmarks/demo_learning.py [--seeds 0 1 2] [section.key=value ...]` runs what is not finished yet (about ten
+`python benchmarks/demo_learning.py [section.key=value ...] [--seeds 0 1 2]` runs what is not finished yet (six to ten
 minutes a seed on two cores) into runs/demo_seed<N>, reads metrics, evaluation and replay buffer of each, and writes
 results/demo_learning.json. Ratios are gains: last quarter over first, trained over unaided model.
 """

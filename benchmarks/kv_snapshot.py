@@ -6,7 +6,7 @@ memory, sampled in turn with ours and the peers; for device gather and scatter, 
 is checked to the bit before it is timed. Then: a bf16 matrix product beside snapshots, 128k tokens, compressed snapshots. Results
 are written after every case, so a run that is cut short keeps what it had.
 
-    python benchmarks/kv_snapshot.py [--tag h200] [--out DIR] [--seconds 150]  # one GPU, 60 GB of its memory, 25 GB of the host's
+    python benchmarks/kv_snapshot.py [--tag h200] [--out DIR] [--seconds 240]  # one GPU, 60 GB of its memory, 25 GB of the host's
     python benchmarks/kv_snapshot.py --small --out DIR                         # no numbers worth reading: tries the code on a CPU
 """
 
@@ -318,8 +318,8 @@ def run(bench: Bench) -> None:
     cases.append(("beside a GEMM", 6, lambda: beside_gemm(bench)))
     for page_size in sizes.page_sizes:
         names = every if page_size != 4 else every[2:3]
-        cases.append((f"link, short, pages of {page_size}", 8, lambda p=page_size, n=names: link(bench, sizes.short, p, n, 4)))
-    cases += [(f"link, long, pages of {p}", 9, lambda p=p: link(bench, sizes.long, p, every[:1], 6)) for p in small]
+        cases.append((f"link, short, pages of {page_size}", 16, lambda p=page_size, n=names: link(bench, sizes.short, p, n, 12)))
+    cases += [(f"link, long, pages of {p}", 17, lambda p=p: link(bench, sizes.long, p, every[:1], 14)) for p in small]
     cases += [(f"compressed, {scheme}", 2, lambda s=scheme: compressed(bench, s)) for scheme in ("int8", "fp8")]
     for what, seconds, call in cases:
         if clock.has_time_for(what, seconds):

@@ -56,7 +56,7 @@ def test_weights_reach_a_server_that_shares_the_gpu_and_without_one_no_memory_is
         first = await publish(engine, 0, 1.0)  # held against what the server read itself
         assert await publish(engine, 1, 1.2) != first and await publish(engine, 2, 1.0) == first
         before = torch.cuda.memory_allocated()
-        transport._read = [1]  # as if a server on another GPU alone were published to: the rank answers itself
+        transport._receivers, transport._read = [], [1]  # as if one on another GPU were all: the rank answers itself
         await send(tensors(folder, 1.1), transport, bucket_bytes=1 << 20)
         await transport.complete()
         assert torch.cuda.memory_allocated() <= before, "a handle that nobody opened kept its buffer"
